@@ -1,0 +1,52 @@
+#include "core/bindings.h"
+
+#include <pthread.h>
+
+#include <mutex>
+
+namespace moe_native {
+
+namespace {
+
+Binding table[kMaxBindings];
+std::mutex table_mutex;
+
+// A forked child has its parent's bindings but not the mapping of its parent's ring (MADV_DONTFORK): a call would crash it.
+void disable_in_child() {
+  for (Binding& b : table) b.recorder.store(nullptr, std::memory_order_relaxed);
+}
+
+[[maybe_unused]] const int registered = ::pthread_atfork(nullptr, nullptr, disable_in_child);
+
+}  // namespace
+
+int bind(StepRecorder& recorder, uint16_t layer, uint32_t experts, uint32_t row_bytes, bool enabled) noexcept {
+  const std::lock_guard lock(table_mutex);
+  for (int index = 0; index < kMaxBindings; ++index) {
+    Binding& b = table[index];
+    if (b.recorder.load(std::memory_order_relaxed) != nullptr) continue;
+    b.layer = layer;
+    b.experts = experts;
+    b.enabled.store(enabled, std::memory_order_relaxed);
+    b.step = 0;
+    b.seen = 0;
+    b.row_bytes = row_bytes;
+    b.complained = false;
+    b.recorder.store(&recorder, std::memory_order_release);
+    return index;
+  }
+  return -1;
+}
+
+void unbind_all(const StepRecorder& recorder) noexcept {
+  const std::lock_guard lock(table_mutex);
+  for (Binding& b : table) {
+    if (b.recorder.load(std::memory_order_relaxed) == &recorder) b.recorder.store(nullptr, std::memory_order_relaxed);
+  }
+}
+
+Binding* binding(int64_t index) noexcept {
+  return index >= 0 && index < kMaxBindings ? &table[index] : nullptr;
+}
+
+}  // namespace moe_native

@@ -1,0 +1,34 @@
+// The process-wide table of hooked routers. A compiled graph holds a binding's index as a constant, so the index must mean the
+// same router every time: indices are given lowest-free-first, in the order of the model's modules.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace moe_native {
+
+class StepRecorder;
+
+struct Binding {
+  std::atomic<StepRecorder*> recorder{nullptr};  // null: free, or its recorder is closed
+  uint16_t layer = 0;
+  uint32_t experts = 0;  // number of legal ids, fused shared experts included
+  std::atomic<bool> enabled{true};
+
+  // Within the open step: rows that this router has seen. A model may call its router several times a step (chunks).
+  uint64_t step = 0;
+  int64_t seen = 0;
+  // Bytes of one recorded row, for admission: a guess until the first record, then what it was.
+  uint32_t row_bytes = 0;
+  bool complained = false;
+};
+
+inline constexpr int kMaxBindings = 16384;
+
+// The lowest free index, or -1 when the table is full.
+int bind(StepRecorder& recorder, uint16_t layer, uint32_t experts, uint32_t row_bytes, bool enabled) noexcept;
+void unbind_all(const StepRecorder& recorder) noexcept;
+// nullptr for an index that was never given. The recorder in it may be null.
+Binding* binding(int64_t index) noexcept;
+
+}  // namespace moe_native

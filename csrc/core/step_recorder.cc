@@ -1,0 +1,340 @@
+#include "core/step_recorder.h"
+
+#include <time.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+#include "core/owner.h"
+
+namespace moe_native {
+
+namespace {
+
+// Under `drop` a step that is being streamed out may wait this long for the drain thread to make room; each success
+// starts the time anew. It is the only wait that `drop` knows.
+constexpr int64_t kStallLimitNs = 200'000'000;
+constexpr int64_t kRetryNs = 50'000;
+// Admission cannot know the step's own record. This covers a large batch; end_step may wait for more.
+constexpr uint64_t kTableBytes = 16 << 10;
+constexpr uint64_t kTableBytesPerRow = sizeof(Run) + 4;
+
+int64_t monotonic_ns() {
+  timespec now{};
+  ::clock_gettime(CLOCK_MONOTONIC, &now);
+  return int64_t{now.tv_sec} * 1'000'000'000 + now.tv_nsec;
+}
+
+void sleep_ns(int64_t ns) {
+  const timespec time{0, static_cast<long>(ns)};
+  ::nanosleep(&time, nullptr);
+}
+
+struct LaneClaim {
+  uint64_t ring_id = 0;
+  uint64_t step = 0;
+  int lane = -1;
+};
+thread_local LaneClaim claim;
+
+}  // namespace
+
+StepRecorder::StepRecorder(const Ring& ring, Overflow overflow, uint32_t fields, Messages& messages)
+    : ring_(ring), overflow_(overflow), messages_(messages), lanes_(ring.lanes()), fields_(fields) {
+  for (uint32_t i = 0; i < ring.lanes(); ++i) lanes_[i].producer = LaneProducer(ring.lane(i));
+}
+
+StepRecorder::~StepRecorder() { unbind_all(*this); }
+
+int StepRecorder::bind(uint16_t layer, uint32_t experts, uint32_t k, bool enabled) {
+  uint32_t row_bytes = k * static_cast<uint32_t>(size_of(id_dtype_for(experts)));
+  if ((fields_ & kFieldWeights) != 0) row_bytes += k * 4;
+  if ((fields_ & kFieldLogits) != 0) row_bytes += experts * 4;
+  const int index = moe_native::bind(*this, layer, experts, row_bytes, enabled);
+  if (index < 0) throw std::length_error("this process has no free router binding left");
+  bindings_.push_back(binding(index));
+  return index;
+}
+
+Begun StepRecorder::begin_step(std::span<const RowSpan> spans) noexcept {
+  if (step_open()) return Begun::kNested;
+  if (paused_) return Begun::kPaused;
+  try {
+    spans_.assign(spans.begin(), spans.end());
+  } catch (...) {
+    spans_.clear();
+  }
+  step_rows_ = 0;
+  for (const RowSpan& span : spans_) step_rows_ += span.count;
+  step_time_ns_ = unix_time_ns();
+  const uint64_t step = next_step_++;
+  ring_.add(kStepsBegun, 1);
+  if (!admit()) {
+    lose_step(Loss::kRingFull);
+    return Begun::kRefused;
+  }
+  failed_.store(-1, std::memory_order_relaxed);
+  claimed_lanes_.store(0, std::memory_order_relaxed);
+  open_step_.store(step + 1, std::memory_order_release);
+  return Begun::kAdmitted;
+}
+
+bool StepRecorder::admit() noexcept {
+  const uint64_t rows = static_cast<uint64_t>(step_rows_);
+  uint64_t bytes = kTableBytes + rows * kTableBytesPerRow;
+  uint64_t largest = bytes;
+  enabled_layers_ = 0;
+  for (const Binding* b : bindings_) {
+    if (!b->enabled.load(std::memory_order_relaxed)) continue;
+    ++enabled_layers_;
+    const uint64_t record = rows * b->row_bytes + 4 * kAlign;
+    bytes += record;
+    largest = std::max(largest, record);
+  }
+  bytes += largest;  // what a wrap of the arena may leave unused
+  const LaneProducer& lane = lanes_[0].producer;
+  const uint64_t records = enabled_layers_ + 1;
+  streamed_ = bytes > lane.capacity() / 2 || records > lane.descriptor_count() / 2;
+  if (streamed_) return true;  // it will be written out while it is still open
+
+  const auto fits = [&] {
+    return std::ranges::all_of(lanes_, [&](Lane& l) { return l.producer.admits(records, bytes); });
+  };
+  if (fits()) return true;
+  if (overflow_ == Overflow::kDrop) return false;
+  const int64_t start = monotonic_ns();
+  while (!fits()) sleep_ns(kRetryNs);
+  ring_.add(kBlockedNs, static_cast<uint64_t>(monotonic_ns() - start));
+  return true;
+}
+
+// The threads of a step take lanes in the order in which they come. The step's own record goes into lane 0 whoever ends it: by
+// then the other threads' calls are over.
+int StepRecorder::claim_lane(uint64_t step) noexcept {
+  if (claim.step != step || claim.ring_id != ring_.id()) {
+    claim = {ring_.id(), step, static_cast<int>(claimed_lanes_.fetch_add(1, std::memory_order_relaxed))};
+  }
+  return claim.lane;
+}
+
+const char* StepRecorder::unusable(const LayerInput& in) const noexcept {
+  if (!is_id(in.ids.dtype)) return "expert ids must be int32, int64, uint16 or uint32";
+  if (in.ids.width < 1 || in.ids.width > 0xFFFF) return "expert ids must be a [rows, k] tensor";
+  const auto bad_rows = [&](const RowsView& view) { return view.rows != in.ids.rows || view.width < 1; };
+  if ((fields_ & kFieldWeights) != 0) {
+    if (!is_floating(in.weights.dtype)) return "weights must be float32, float16 or bfloat16";
+    if (bad_rows(in.weights) || in.weights.width != in.ids.width) return "weights must have the shape of the ids";
+  }
+  if ((fields_ & kFieldLogits) != 0 && in.logits.data != nullptr) {
+    if (!is_floating(in.logits.dtype)) return "router logits must be float32, float16 or bfloat16";
+    if (bad_rows(in.logits)) return "router logits must have as many rows as the ids";
+  }
+  if ((fields_ & kFieldHidden) != 0 && in.hidden.data != nullptr) {
+    if (!is_floating(in.hidden.dtype)) return "hidden states must be float32, float16 or bfloat16";
+    if (bad_rows(in.hidden)) return "hidden states must have as many rows as the ids";
+  }
+  return nullptr;
+}
+
+void StepRecorder::complain(Binding& b, const char* problem) noexcept {
+  ring_.lose(Loss::kBadInput, 0, 1, static_cast<uint64_t>(step_rows_));
+  if (b.complained) return;
+  b.complained = true;
+  try {
+    messages_.post("layer " + std::to_string(b.layer) + " is not recorded: " + problem);
+  } catch (...) {
+  }
+}
+
+// Rows are addressed by their place among the kept rows of the step; the tensor holds rows [base, …) of the whole step.
+void StepRecorder::copy_kept(const RowsView& view, int64_t base, int64_t kept_first, int64_t count,
+                             std::byte* out) const noexcept {
+  const int64_t row_bytes = view.width * static_cast<int64_t>(size_of(view.dtype));
+  int64_t kept = 0;
+  for (const RowSpan& span : spans_) {
+    const int64_t from = std::max(kept, kept_first);
+    const int64_t to = std::min(kept + span.count, kept_first + count);
+    if (from < to) {
+      copy_rows(view, span.start + (from - kept) - base, to - from, out);
+      out += (to - from) * row_bytes;
+    }
+    kept += span.count;
+  }
+}
+
+void StepRecorder::record(Binding& b, const LayerInput& in) noexcept {
+  const uint64_t step = open_step_.load(std::memory_order_acquire);
+  if (step == 0 || !b.enabled.load(std::memory_order_relaxed)) return;
+  if (failed_.load(std::memory_order_relaxed) >= 0) return;
+  if (const char* problem = unusable(in)) return complain(b, problem);
+
+  // Which of the step's rows does this tensor hold, and which of those are kept?
+  const int64_t base = b.step == step ? b.seen : 0;
+  b.step = step;
+  b.seen = base + in.ids.rows;
+  int64_t kept = 0, kept_first = -1, kept_count = 0;
+  for (const RowSpan& span : spans_) {
+    const int64_t from = std::max(span.start, base);
+    const int64_t to = std::min(span.start + span.count, b.seen);
+    if (from < to) {
+      if (kept_first < 0) kept_first = kept + (from - span.start);
+      kept_count += to - from;
+    }
+    kept += span.count;
+  }
+  if (kept_count == 0) return;
+
+  const int lane_index = claim_lane(step);
+  if (lane_index >= static_cast<int>(lanes_.size())) {
+    ring_.lose(Loss::kNoLane, 0, 1, static_cast<uint64_t>(kept_count));
+    return;
+  }
+  LaneProducer& lane = lanes_[static_cast<size_t>(lane_index)].producer;
+
+  Descriptor shape{};
+  shape.ids_dtype = id_dtype_for(b.experts);
+  shape.k = static_cast<uint32_t>(in.ids.width);
+  if ((fields_ & kFieldWeights) != 0) shape.weights_dtype = in.weights.dtype;
+  if ((fields_ & kFieldLogits) != 0 && in.logits.data != nullptr) {
+    shape.logits_dtype = in.logits.dtype;
+    shape.logits_width = static_cast<uint32_t>(in.logits.width);
+  }
+  if ((fields_ & kFieldHidden) != 0 && in.hidden.data != nullptr) {
+    shape.hidden_dtype = in.hidden.dtype;
+    shape.hidden_width = static_cast<uint32_t>(in.hidden.width);
+  }
+  b.row_bytes = static_cast<uint32_t>(shape.k * (size_of(shape.ids_dtype) + size_of(shape.weights_dtype)) +
+                                      shape.logits_width * size_of(shape.logits_dtype) +
+                                      shape.hidden_width * size_of(shape.hidden_dtype));
+
+  // One record, unless it would take more than a quarter of the arena.
+  const int64_t most = std::max<int64_t>(1, static_cast<int64_t>((lane.capacity() / 4 - 4 * kAlign) / b.row_bytes));
+  for (int64_t done = 0; done < kept_count;) {
+    const int64_t count = std::min(kept_count - done, most);
+    shape.rows = static_cast<uint32_t>(count);
+    const LayerColumns at = layer_columns(shape);
+    Descriptor* d = reserve(lane, at.bytes);
+    if (d == nullptr) return fail(streamed_ ? Loss::kTooLarge : Loss::kRingFull);
+    d->step = step - 1;
+    d->kind = RecordKind::kLayer;
+    d->ids_dtype = shape.ids_dtype;
+    d->weights_dtype = shape.weights_dtype;
+    d->logits_dtype = shape.logits_dtype;
+    d->hidden_dtype = shape.hidden_dtype;
+    d->tokens = 0;
+    d->layer = b.layer;
+    d->rows = shape.rows;
+    d->first_row = static_cast<uint32_t>(kept_first + done);
+    d->step_rows = static_cast<uint32_t>(step_rows_);
+    d->k = shape.k;
+    d->logits_width = shape.logits_width;
+    d->hidden_width = shape.hidden_width;
+    d->runs = d->notes = d->notes_bytes = 0;
+    d->flags = streamed_ ? kStepStreamed : 0;
+    d->time_ns = step_time_ns_;
+
+    std::byte* out = lane.payload(*d);
+    uint32_t invalid = 0;
+    const int64_t id_bytes = static_cast<int64_t>(size_of(shape.ids_dtype)) * in.ids.width;
+    int64_t span_kept = 0;
+    std::byte* ids_out = out + at.ids;
+    for (const RowSpan& span : spans_) {
+      const int64_t from = std::max(span_kept, kept_first + done);
+      const int64_t to = std::min(span_kept + span.count, kept_first + done + count);
+      if (from < to) {
+        invalid += narrow_ids(in.ids, span.start + (from - span_kept) - base, to - from, b.experts, ids_out);
+        ids_out += (to - from) * id_bytes;
+      }
+      span_kept += span.count;
+    }
+    if (shape.weights_dtype != DType::kNone) copy_kept(in.weights, base, kept_first + done, count, out + at.weights);
+    if (shape.logits_dtype != DType::kNone) copy_kept(in.logits, base, kept_first + done, count, out + at.logits);
+    if (shape.hidden_dtype != DType::kNone) copy_kept(in.hidden, base, kept_first + done, count, out + at.hidden);
+    d->invalid_ids = invalid;
+    if (invalid != 0) ring_.add(kInvalidIds, invalid);
+    lane.commit(*d);
+    done += count;
+  }
+}
+
+// Room for one record. An admitted step has it at once; a streamed one, or one that turned out wider than admission thought,
+// waits for the drain thread.
+Descriptor* StepRecorder::reserve(LaneProducer& lane, uint64_t bytes) noexcept {
+  if (align_up(bytes, kAlign) > lane.capacity() / 2) return nullptr;  // could not be placed, however long one waits
+  if (Descriptor* d = lane.reserve(bytes)) return d;
+  streamed_ = true;
+  const int64_t start = monotonic_ns();
+  Descriptor* d = nullptr;
+  int64_t waited = 0;
+  do {
+    sleep_ns(kRetryNs);
+    d = lane.reserve(bytes);
+    waited = monotonic_ns() - start;
+  } while (d == nullptr && (overflow_ == Overflow::kBlock || waited < kStallLimitNs));
+  ring_.add(kBlockedNs, static_cast<uint64_t>(waited));
+  return d;
+}
+
+void StepRecorder::fail(Loss cause) noexcept { failed_.store(static_cast<int>(cause), std::memory_order_relaxed); }
+
+bool StepRecorder::end_step(const StepTable& table) noexcept {
+  if (!step_open()) return false;
+  close_step(&table);
+  return failed_.load(std::memory_order_relaxed) < 0;
+}
+
+void StepRecorder::abort_step() noexcept {
+  if (!step_open()) return;
+  if (failed_.load(std::memory_order_relaxed) < 0) fail(Loss::kAborted);
+  close_step(nullptr);
+}
+
+void StepRecorder::close_step(const StepTable* table) noexcept {
+  const uint64_t step = open_step_.load(std::memory_order_relaxed) - 1;
+  open_step_.store(0, std::memory_order_release);
+  LaneProducer& lane = lanes_[0].producer;
+  const bool whole = failed_.load(std::memory_order_relaxed) < 0;
+  StepParts at;
+  if (whole) {
+    at = step_parts(table->runs.size(), !table->tokens.empty(), static_cast<uint64_t>(step_rows_), table->notes.size());
+  }
+  Descriptor* d = reserve(lane, at.bytes);
+  if (d == nullptr) {
+    // Not even the table fits. Without its step record the step does not exist: the drain thread drops its layers.
+    if (whole) fail(Loss::kTooLarge);
+    lose_step(static_cast<Loss>(failed_.load(std::memory_order_relaxed)));
+    return;
+  }
+  d->step = step;
+  d->kind = RecordKind::kStep;
+  d->ids_dtype = d->weights_dtype = d->logits_dtype = d->hidden_dtype = DType::kNone;
+  d->layer = 0;
+  d->rows = d->step_rows = static_cast<uint32_t>(step_rows_);
+  d->first_row = d->k = d->logits_width = d->hidden_width = d->invalid_ids = 0;
+  d->time_ns = step_time_ns_;
+  d->flags = whole ? 0 : kStepAborted;
+  d->tokens = whole && !table->tokens.empty() ? 1 : 0;
+  d->runs = whole ? static_cast<uint32_t>(table->runs.size()) : 0;
+  d->notes = whole ? table->note_count : 0;
+  d->notes_bytes = whole ? static_cast<uint32_t>(table->notes.size()) : 0;
+  if (whole) {
+    std::byte* out = lane.payload(*d);
+    if (!table->runs.empty()) std::memcpy(out, table->runs.data(), table->runs.size_bytes());
+    if (!table->tokens.empty()) std::memcpy(out + at.tokens, table->tokens.data(), table->tokens.size_bytes());
+    if (!table->notes.empty()) std::memcpy(out + at.notes, table->notes.data(), table->notes.size());
+  }
+  lane.commit(*d);
+  if (whole) {
+    ring_.add(kStepsCommitted, 1);
+  } else {
+    lose_step(static_cast<Loss>(failed_.load(std::memory_order_relaxed)));
+  }
+}
+
+void StepRecorder::lose_step(Loss cause) noexcept {
+  ring_.lose(cause, 1, enabled_layers_, static_cast<uint64_t>(step_rows_));
+}
+
+}  // namespace moe_native

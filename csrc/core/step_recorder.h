@@ -1,0 +1,114 @@
+// The producer's side of a recorder: the step protocol.
+//
+//   begin_step   admits the whole step, or refuses it and counts it
+//   record       one layer's rows, called from the op; does nothing outside an open step
+//   end_step     says whose rows they were and commits the step
+//   abort_step   the program gave the step up
+//
+// begin, end and abort are called by one thread at a time. record may be called by as many threads as there are lanes, each
+// layer by one of them; the program orders those calls between begin and end, as a forward pass does.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/bindings.h"
+#include "core/lane.h"
+#include "core/messages.h"
+#include "core/ring.h"
+#include "core/rows.h"
+
+namespace moe_native {
+
+enum Field : uint32_t {
+  kFieldIds = 1,
+  kFieldWeights = 2,
+  kFieldLogits = 4,
+  kFieldHidden = 8,
+  kFieldTokens = 16,
+};
+
+enum class Overflow { kDrop, kBlock };
+
+// Rows of a router's tensors that are real tokens; the rest is padding.
+struct RowSpan {
+  int64_t start = 0;
+  int64_t count = 0;
+};
+
+struct LayerInput {
+  RowsView ids;
+  RowsView weights;
+  RowsView logits;
+  RowsView hidden;
+};
+
+struct StepTable {
+  std::span<const Run> runs;
+  std::span<const uint32_t> tokens;  // empty, or one a row
+  std::span<const std::byte> notes;  // framed as RING.md says
+  uint32_t note_count = 0;
+};
+
+enum class Begun { kAdmitted, kRefused, kPaused, kNested };
+
+class StepRecorder {
+ public:
+  StepRecorder(const Ring& ring, Overflow overflow, uint32_t fields, Messages& messages);
+  ~StepRecorder();
+  StepRecorder(const StepRecorder&) = delete;
+  StepRecorder& operator=(const StepRecorder&) = delete;
+
+  // Throws std::length_error when the process has no free binding.
+  int bind(uint16_t layer, uint32_t experts, uint32_t k, bool enabled);
+
+  // `spans` ascend and do not overlap. With Overflow::kBlock this may wait.
+  Begun begin_step(std::span<const RowSpan> spans) noexcept;
+  void record(Binding& binding, const LayerInput& input) noexcept;
+  // False: nothing is open, or the step was lost (counted). The runs must cover the step's rows.
+  bool end_step(const StepTable& table) noexcept;
+  void abort_step() noexcept;
+
+  bool step_open() const noexcept { return open_step_.load(std::memory_order_relaxed) != 0; }
+  int64_t step_rows() const noexcept { return step_rows_; }
+  void pause(bool paused) noexcept { paused_ = paused; }
+
+ private:
+  struct alignas(kAlign) Lane {
+    LaneProducer producer;
+  };
+
+  bool admit() noexcept;
+  int claim_lane(uint64_t step) noexcept;
+  const char* unusable(const LayerInput& input) const noexcept;
+  void complain(Binding& binding, const char* problem) noexcept;
+  void copy_kept(const RowsView& view, int64_t base, int64_t kept_first, int64_t count, std::byte* out) const noexcept;
+  Descriptor* reserve(LaneProducer& lane, uint64_t bytes) noexcept;
+  void fail(Loss cause) noexcept;
+  void close_step(const StepTable* table) noexcept;
+  void lose_step(Loss cause) noexcept;
+
+  const Ring& ring_;
+  const Overflow overflow_;
+  Messages& messages_;
+  std::vector<Lane> lanes_;
+  std::vector<Binding*> bindings_;
+  uint32_t fields_;
+  bool paused_ = false;
+
+  // The open step. Everything below is written before open_step_ is stored (release) and read after it is loaded (acquire).
+  std::atomic<uint64_t> open_step_{0};  // its number plus one; 0: none
+  std::atomic<uint32_t> claimed_lanes_{0};
+  std::atomic<int> failed_{-1};  // a Loss: the step cannot be kept
+  uint64_t next_step_ = 0;
+  int64_t step_rows_ = 0;
+  int64_t step_time_ns_ = 0;
+  uint32_t enabled_layers_ = 0;
+  bool streamed_ = false;
+  std::vector<RowSpan> spans_;
+};
+
+}  // namespace moe_native

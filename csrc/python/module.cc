@@ -1,0 +1,208 @@
+// Python's control over a recording: open, bind, step, flush, close, counters. The data itself goes through the torch op.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core/crc32.h"
+#include "core/owner.h"
+#include "segment/recording.h"
+
+namespace py = pybind11;
+
+namespace moe_native {
+namespace {
+
+constexpr const char* kLossNames[kLossCauses] = {"ring_full", "too_large",  "aborted", "bad_input",
+                                                 "no_lane",   "incomplete", "io_error"};
+
+// Holds a Recording; in a forked child it holds it and does nothing with it.
+class Handle {
+ public:
+  Handle(const std::string& trace, const std::string& rank_directory, const py::bytes& run_id,
+         const std::string& ring_directory, uint64_t ring_bytes, uint32_t lanes, bool block, uint32_t fields,
+         bool exact_weights, uint64_t segment_bytes, uint64_t max_bytes, double flush_seconds)
+      : blocks_(block) {
+    RecordingOptions options;
+    options.ring = {ring_directory, rank_directory, ring_bytes, lanes};
+    const std::string id = run_id;
+    if (id.size() != sizeof options.drain.identity.run_id) throw std::invalid_argument("run_id must have 16 bytes");
+    std::memcpy(options.drain.identity.run_id, id.data(), id.size());
+    options.drain.identity.directory = rank_directory;
+    options.drain.trace = trace;
+    options.drain.segment_bytes = segment_bytes;
+    options.drain.max_bytes = max_bytes;
+    options.drain.flush_seconds = flush_seconds;
+    options.drain.exact_weights = exact_weights;
+    options.overflow = block ? Overflow::kBlock : Overflow::kDrop;
+    options.fields = fields;
+    const py::gil_scoped_release release;
+    recording_ = std::make_unique<Recording>(options);
+  }
+
+  int bind(uint16_t layer, uint32_t experts, uint32_t k, bool enabled) {
+    return get().steps().bind(layer, experts, k, enabled);
+  }
+
+  // 0 admitted, 1 refused, 2 paused
+  int begin_step(int64_t rows, const std::optional<std::vector<std::pair<int64_t, int64_t>>>& spans) {
+    if (!usable()) return static_cast<int>(Begun::kPaused);
+    std::vector<RowSpan> kept;
+    if (spans) {
+      int64_t end = 0, sum = 0;
+      for (const auto& [start, count] : *spans) {
+        if (start < end || count < 0) throw py::value_error("spans must ascend and not overlap");
+        kept.push_back({start, count});
+        end = start + count;
+        sum += count;
+      }
+      if (sum != rows) throw py::value_error("spans must add up to n_rows");
+    } else {
+      kept.push_back({0, rows});
+    }
+    if (rows < 0 || rows >= int64_t{1} << 32) throw py::value_error("n_rows must be between 0 and 2**32 - 1");
+    Begun begun;
+    if (blocks_) {  // it may wait, and other Python threads should not
+      const py::gil_scoped_release release;
+      begun = recording_->steps().begin_step(kept);
+    } else {
+      begun = recording_->steps().begin_step(kept);
+    }
+    if (begun == Begun::kNested) throw std::runtime_error("a step is open already: end it before the next one begins");
+    return static_cast<int>(begun);
+  }
+
+  bool end_step(const py::array& runs, const std::optional<py::array_t<uint32_t, py::array::c_style>>& tokens,
+                const py::bytes& notes, uint32_t note_count) {
+    if (!usable()) return false;
+    if (runs.itemsize() != sizeof(Run) || (runs.flags() & py::array::c_style) == 0 || runs.ndim() != 1) {
+      throw py::value_error("runs must be a one-dimensional array of RUN_DTYPE");
+    }
+    StepRecorder& steps = recording_->steps();
+    StepTable table;
+    table.runs = {static_cast<const Run*>(runs.data()), static_cast<size_t>(runs.size())};
+    uint64_t rows = 0;
+    for (const Run& run : table.runs) rows += run.count;
+    if (steps.step_open() && rows != static_cast<uint64_t>(steps.step_rows())) {
+      throw py::value_error("the runs have " + std::to_string(rows) + " rows, the step has " +
+                            std::to_string(steps.step_rows()));
+    }
+    if (tokens) {
+      if (tokens->size() != steps.step_rows()) throw py::value_error("tokens must have one token id a row");
+      table.tokens = {tokens->data(), static_cast<size_t>(tokens->size())};
+    }
+    char* note_data = nullptr;
+    py::ssize_t note_bytes = 0;
+    if (PyBytes_AsStringAndSize(notes.ptr(), &note_data, &note_bytes) != 0) throw py::error_already_set();
+    table.notes = {reinterpret_cast<const std::byte*>(note_data), static_cast<size_t>(note_bytes)};
+    table.note_count = note_count;
+    if (!blocks_) return steps.end_step(table);
+    const py::gil_scoped_release release;
+    return steps.end_step(table);
+  }
+
+  void abort_step() {
+    if (usable()) recording_->steps().abort_step();
+  }
+  void pause(bool paused) {
+    if (usable()) recording_->steps().pause(paused);
+  }
+  void set_metadata(const std::string& json) {
+    if (usable()) recording_->drain().set_metadata(json);
+  }
+  bool flush(double seconds) {
+    if (!usable()) return false;
+    const py::gil_scoped_release release;
+    return recording_->drain().flush(seconds);
+  }
+  void close() {
+    const py::gil_scoped_release release;
+    recording_->close();
+  }
+  bool has_messages() const { return recording_->messages().pending(); }
+  std::vector<std::string> take_messages() { return recording_->messages().take(); }
+  uint64_t ring_id() const { return recording_->ring().id(); }
+  std::string ring_path() const { return recording_->ring().path(); }
+  bool step_open() const { return usable() && recording_->steps().step_open(); }
+
+  py::dict counters() const {
+    const Ring& ring = recording_->ring();
+    const auto read = [&](size_t index) { return ring.counter(index).load(std::memory_order_relaxed); };
+    py::dict out;
+    out["steps_begun"] = read(kStepsBegun);
+    out["steps_committed"] = read(kStepsCommitted);
+    out["blocked_seconds"] = static_cast<double>(read(kBlockedNs)) * 1e-9;
+    out["invalid_ids"] = read(kInvalidIds);
+    out["records"] = read(kRecords);
+    py::dict lost;
+    for (size_t c = 0; c < kLossCauses; ++c) {
+      const LossTotals t = ring.losses(static_cast<Loss>(c));
+      if (t.steps + t.layers + t.rows == 0) continue;
+      py::dict cause;
+      cause["steps"] = t.steps;
+      cause["layers"] = t.layers;
+      cause["rows"] = t.rows;
+      lost[kLossNames[c]] = cause;
+    }
+    out["lost"] = lost;
+    const DrainTotals& totals = const_cast<Recording&>(*recording_).drain().totals();
+    out["blocks"] = totals.blocks.load(std::memory_order_relaxed);
+    out["rows_written"] = totals.rows.load(std::memory_order_relaxed);
+    out["raw_bytes"] = totals.raw_bytes.load(std::memory_order_relaxed);
+    out["stored_bytes"] = totals.stored_bytes.load(std::memory_order_relaxed);
+    out["drain_cpu_seconds"] = static_cast<double>(totals.cpu_ns.load(std::memory_order_relaxed)) * 1e-9;
+    return out;
+  }
+
+ private:
+  bool usable() const { return recording_->here() && !recording_->closed(); }
+  Recording& get() {
+    if (!usable()) throw std::runtime_error("this recorder is closed");
+    return *recording_;
+  }
+
+  std::unique_ptr<Recording> recording_;
+  const bool blocks_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Control of a recording; see moe_native.Recorder.";
+  py::class_<Handle>(m, "Recording")
+      .def(py::init<const std::string&, const std::string&, const py::bytes&, const std::string&, uint64_t, uint32_t,
+                    bool, uint32_t, bool, uint64_t, uint64_t, double>(),
+           py::kw_only(), py::arg("trace"), py::arg("rank_directory"), py::arg("run_id"), py::arg("ring_directory"),
+           py::arg("ring_bytes"), py::arg("lanes"), py::arg("block"), py::arg("fields"), py::arg("exact_weights"),
+           py::arg("segment_bytes"), py::arg("max_bytes"), py::arg("flush_seconds"))
+      .def("bind", &Handle::bind, py::arg("layer"), py::arg("experts"), py::arg("k"), py::arg("enabled"))
+      .def("begin_step", &Handle::begin_step, py::arg("rows"), py::arg("spans") = py::none())
+      .def("end_step", &Handle::end_step, py::arg("runs"), py::arg("tokens"), py::arg("notes"), py::arg("note_count"))
+      .def("abort_step", &Handle::abort_step)
+      .def("pause", &Handle::pause)
+      .def("set_metadata", &Handle::set_metadata)
+      .def("flush", &Handle::flush, py::arg("seconds"))
+      .def("close", &Handle::close)
+      .def("counters", &Handle::counters)
+      .def("take_messages", &Handle::take_messages)
+      .def_property_readonly("has_messages", &Handle::has_messages)
+      .def_property_readonly("ring_id", &Handle::ring_id)
+      .def_property_readonly("ring_path", &Handle::ring_path)
+      .def_property_readonly("step_open", &Handle::step_open);
+  m.def("owner", [] {
+    const Owner owner = Owner::self();
+    py::dict out;
+    out["pid"] = owner.pid;
+    out["start_ticks"] = owner.start_ticks;
+    out["boot_id"] = owner.boot_id;
+    return out;
+  });
+}
+
+}  // namespace moe_native

@@ -1,0 +1,176 @@
+#include "segment/assembler.h"
+
+#include <algorithm>
+#include <tuple>
+#include <utility>
+
+namespace moe_native {
+
+Assembler::Assembler(const Ring& ring) : ring_(ring) {
+  for (uint32_t i = 0; i < ring.lanes(); ++i) lanes_.emplace_back(ring.lane(i));
+  released_.resize(lanes_.size());
+}
+
+bool Assembler::poll() {
+  bool took = false;
+  LaneConsumer& first = lanes_[0];
+  while (const Descriptor* d = first.peek()) {
+    took = true;
+    if (!LaneConsumer::committed(*d)) {
+      first.take();
+      continue;
+    }
+    if (d->kind == RecordKind::kLayer) {
+      take_layer(first, *d);
+      continue;
+    }
+    // The other lanes' records of this step were committed before its step record, so they are there.
+    poll_side_lanes(d->step);
+    first.take();
+    complete(*d, first.payload(*d));
+  }
+  // A streamed step needs its room back while it is open, in every lane.
+  if (has_open_ && open_streamed_) took |= poll_side_lanes(open_.number);
+  return took;
+}
+
+bool Assembler::poll_side_lanes(uint64_t last_step) {
+  bool took = false;
+  for (size_t i = 1; i < lanes_.size(); ++i) {
+    while (const Descriptor* d = lanes_[i].peek()) {
+      if (LaneConsumer::committed(*d)) {
+        if (d->step > last_step) break;
+        take_layer(lanes_[i], *d);
+      } else {
+        lanes_[i].take();
+      }
+      took = true;
+    }
+  }
+  return took;
+}
+
+void Assembler::start(uint64_t step) {
+  // A step that never got its record was counted by the producer when that failed.
+  if (has_open_ && open_.fragments > 0 && open_.number != step) {
+    open_.aborted = true;
+    open_.pieces.clear();
+    open_.end = positions();
+    ready_.push_back(std::move(open_));
+  }
+  open_ = StepData{};
+  open_.number = step;
+  has_open_ = true;
+  open_streamed_ = false;
+}
+
+void Assembler::take_layer(LaneConsumer& lane, const Descriptor& d) {
+  if (!has_open_ || open_.number != d.step) start(d.step);
+  const LayerColumns at = layer_columns(d);
+  const std::byte* payload = lane.payload(d);
+  Piece piece;
+  piece.shape = {d.layer,        d.ids_dtype, d.weights_dtype, d.logits_dtype,
+                 d.hidden_dtype, d.k,         d.logits_width,  d.hidden_width};
+  piece.first_row = d.first_row;
+  piece.rows = d.rows;
+  piece.ids = payload + at.ids;
+  if (d.weights_dtype != DType::kNone) piece.weights = payload + at.weights;
+  if (d.logits_dtype != DType::kNone) piece.logits = payload + at.logits;
+  if (d.hidden_dtype != DType::kNone) piece.hidden = payload + at.hidden;
+  open_.pieces.push_back(piece);
+  open_.rows = d.step_rows;
+  open_.time_ns = d.time_ns;
+  open_.bytes += at.bytes + sizeof(Descriptor);
+  open_streamed_ = open_streamed_ || (d.flags & kStepStreamed) != 0;
+  ring_.add(kRecords, 1);
+  lane.take();
+}
+
+void Assembler::complete(const Descriptor& d, const std::byte* payload) {
+  if (!has_open_ || open_.number != d.step) start(d.step);
+  has_open_ = false;
+  if ((d.flags & kStepAborted) != 0) {
+    // Counted by the producer. Only fragments that are in the file already have to be taken back.
+    if (open_.fragments == 0) return;
+    open_.aborted = true;
+    open_.pieces.clear();
+  } else {
+    const StepParts at = step_parts(d.runs, d.tokens != 0, d.rows, d.notes_bytes);
+    open_.rows = d.rows;
+    open_.time_ns = d.time_ns;
+    open_.runs = {reinterpret_cast<const Run*>(payload), d.runs};
+    if (d.tokens != 0) open_.tokens = payload + at.tokens;
+    open_.notes = {payload + at.notes, d.notes_bytes};
+    open_.bytes += at.bytes + sizeof(Descriptor);
+    drop_incomplete_layers();
+  }
+  open_.end = positions();
+  ready_.push_back(std::exchange(open_, StepData{}));
+}
+
+// All layers of a block have the same rows, so a layer that lacks some of the step's rows, or changes its shape within the step,
+// is left out and counted.
+void Assembler::drop_incomplete_layers() {
+  struct Extent {
+    LayerShape shape;
+    uint32_t first_row, rows;
+  };
+  std::vector<Extent> extents;
+  for (const WrittenPiece& w : open_.written) extents.push_back({w.shape, w.first_row, w.rows});
+  for (const Piece& p : open_.pieces) extents.push_back({p.shape, p.first_row, p.rows});
+  const auto by_place = [](const auto& a, const auto& b) {
+    return std::tie(a.shape.layer, a.first_row) < std::tie(b.shape.layer, b.first_row);
+  };
+  std::ranges::sort(extents, by_place);
+  std::ranges::stable_sort(open_.pieces, by_place);
+
+  for (size_t i = 0; i < extents.size();) {
+    const LayerShape shape = extents[i].shape;
+    uint64_t next_row = 0;
+    bool whole = true;
+    for (; i < extents.size() && extents[i].shape.layer == shape.layer; ++i) {
+      whole = whole && extents[i].shape == shape && extents[i].first_row == next_row;
+      next_row += extents[i].rows;
+    }
+    if (whole && next_row == open_.rows) continue;
+    ring_.lose(Loss::kIncomplete, 0, 1, open_.rows);
+    std::erase_if(open_.pieces, [&](const Piece& p) { return p.shape.layer == shape.layer; });
+    std::erase_if(open_.written, [&](const WrittenPiece& w) { return w.shape.layer == shape.layer; });
+  }
+  for (const Piece& piece : open_.pieces) {
+    if (open_.shapes.empty() || open_.shapes.back() != piece.shape) open_.shapes.push_back(piece.shape);
+  }
+}
+
+std::vector<LaneConsumer::Position> Assembler::positions() const {
+  std::vector<LaneConsumer::Position> all;
+  all.reserve(lanes_.size());
+  for (const LaneConsumer& lane : lanes_) all.push_back(lane.position());
+  return all;
+}
+
+void Assembler::give_up() {
+  ready_.clear();
+  open_ = StepData{};
+  has_open_ = false;
+  release(positions());
+}
+
+void Assembler::release(const std::vector<LaneConsumer::Position>& end) {
+  for (size_t i = 0; i < lanes_.size(); ++i) lanes_[i].release(end[i]);
+  released_ = end;
+}
+
+uint64_t Assembler::held_bytes() const {
+  uint64_t most = 0;
+  for (const LaneConsumer& lane : lanes_) most = std::max(most, lane.held_bytes());
+  return most;
+}
+
+uint64_t Assembler::held_records() const {
+  uint64_t most = 0;
+  for (const LaneConsumer& lane : lanes_) most = std::max(most, lane.held_records());
+  return most;
+}
+
+}  // namespace moe_native

@@ -1,0 +1,49 @@
+// From records to steps: takes what the producers have committed, in order, and joins layer records with the record of their step.
+#pragma once
+
+#include <deque>
+#include <vector>
+
+#include "core/lane.h"
+#include "core/ring.h"
+#include "segment/step_data.h"
+
+namespace moe_native {
+
+class Assembler {
+ public:
+  explicit Assembler(const Ring& ring);
+
+  // Takes everything that is committed now; complete steps are appended to ready(). False when there was nothing.
+  bool poll();
+
+  std::deque<StepData>& ready() { return ready_; }
+  // The step whose record has not come yet; its layers may be written early when the step is streamed.
+  StepData& open() { return open_; }
+  bool open_is_streamed() const { return has_open_ && open_streamed_; }
+  std::vector<LaneConsumer::Position> positions() const;
+
+  // Gives the records up to `end` back to the producers: they are in the segment file, or given up.
+  void release(const std::vector<LaneConsumer::Position>& end);
+  void give_up();  // everything taken, the open step included
+  const std::vector<LaneConsumer::Position>& released() const { return released_; }
+  uint64_t held_bytes() const;    // of the fullest lane, taken and not released
+  uint64_t held_records() const;
+
+ private:
+  bool poll_side_lanes(uint64_t last_step);
+  void take_layer(LaneConsumer& lane, const Descriptor& d);
+  void complete(const Descriptor& d, const std::byte* payload);
+  void drop_incomplete_layers();
+  void start(uint64_t step);
+
+  const Ring& ring_;
+  std::vector<LaneConsumer> lanes_;
+  std::vector<LaneConsumer::Position> released_;
+  std::deque<StepData> ready_;
+  StepData open_;
+  bool has_open_ = false;
+  bool open_streamed_ = false;
+};
+
+}  // namespace moe_native

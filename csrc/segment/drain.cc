@@ -1,0 +1,270 @@
+#include "segment/drain.h"
+
+#include <sched.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <system_error>
+#include <utility>
+
+#include "segment/retention.h"
+
+namespace moe_native {
+
+namespace {
+
+constexpr uint64_t kBlockBytes = 4 << 20;           // of the ring, before compression
+constexpr uint64_t kFragmentBytes = 64 << 20;
+constexpr auto kPoll = std::chrono::milliseconds(2);
+constexpr auto kIdlePoll = std::chrono::milliseconds(20);
+constexpr auto kRetry = std::chrono::seconds(1);
+
+void leave_the_model_alone() noexcept {
+  // vLLM pins its model thread and threads inherit that: this one would then run on the model's core, in the model's time.
+  cpu_set_t all;
+  std::memset(&all, 0xFF, sizeof all);
+  ::sched_setaffinity(0, sizeof all, &all);
+  ::setpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid)), 10);
+  ::pthread_setname_np(::pthread_self(), "moe-native");
+}
+
+uint64_t thread_cpu_ns() noexcept {
+  timespec now{};
+  ::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<uint64_t>(now.tv_sec) * 1'000'000'000u + static_cast<uint64_t>(now.tv_nsec);
+}
+
+bool share_a_block(const StepData& a, const StepData& b) {
+  return !a.aborted && !b.aborted && a.fragments == 0 && b.fragments == 0 &&
+         (a.tokens != nullptr) == (b.tokens != nullptr) && a.shapes == b.shapes;
+}
+
+}  // namespace
+
+Drain::Drain(const Ring& ring, DrainOptions options, Messages& messages)
+    : ring_(ring),
+      options_(std::move(options)),
+      messages_(messages),
+      assembler_(ring),
+      builder_(options_.exact_weights),
+      thread_([this] { run(); }) {}
+
+Drain::~Drain() { close(); }
+
+void Drain::set_metadata(std::string json) {
+  const std::lock_guard lock(mutex_);
+  metadata_ = std::move(json);
+}
+
+bool Drain::flush(double seconds) {
+  std::unique_lock lock(mutex_);
+  if (stop_) return false;
+  const uint64_t wanted = ++flush_wanted_;
+  wake_.notify_one();
+  return done_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return flush_done_ >= wanted; });
+}
+
+void Drain::close() {
+  {
+    const std::lock_guard lock(mutex_);
+    stop_ = true;
+    wake_.notify_one();
+  }
+  if (thread_.joinable()) thread_.join();
+}
+
+void Drain::run() {
+  leave_the_model_alone();
+  bool idle = false;
+  for (;;) {
+    uint64_t wanted;
+    bool stop;
+    {
+      std::unique_lock lock(mutex_);
+      wake_.wait_for(lock, idle ? kIdlePoll : kPoll, [&] { return stop_ || flush_wanted_ > flush_done_; });
+      wanted = flush_wanted_;
+      stop = stop_;
+    }
+    const bool all = stop || wanted > flush_done_;
+    try {
+      const bool was_empty = assembler_.ready().empty();
+      idle = !assembler_.poll();
+      if (was_empty) oldest_ready_ = Clock::now();
+      write_ready(all);
+      if (assembler_.open_is_streamed()) write_fragment();
+      if (all) write_bookkeeping();
+      if (stop) close_segment();
+    } catch (const std::exception& error) {  // out of memory: these steps are lost, the next ones may fit
+      ring_.lose(Loss::kIoError, assembler_.ready().size(), 0, 0);
+      assembler_.give_up();
+      batch_ = batch_bytes_ = 0;
+      messages_.post(std::string("steps were lost while packing them: ") + error.what());
+    }
+    totals_.cpu_ns.store(thread_cpu_ns(), std::memory_order_relaxed);
+    if (wanted > flush_done_) {
+      const std::lock_guard lock(mutex_);
+      flush_done_ = wanted;
+      done_.notify_all();
+    }
+    if (stop) return;
+  }
+}
+
+// A quarter of the arena is packed while the rest takes new steps.
+uint64_t Drain::pressure_bytes() const { return std::min(kBlockBytes, ring_.lane(0).arena_bytes / 4); }
+
+void Drain::write_ready(bool all) {
+  auto& ready = assembler_.ready();
+  const uint64_t most_records = ring_.lane(0).descriptor_count / 4;
+  for (;;) {
+    // The batch grows step by step, until it is large enough or a step of other shapes cuts it.
+    bool full = assembler_.held_bytes() >= 2 * pressure_bytes() || assembler_.held_records() >= most_records;
+    while (batch_ < ready.size() && batch_bytes_ < pressure_bytes()) {
+      if (batch_ > 0 && !share_a_block(ready[batch_ - 1], ready[batch_])) {
+        full = true;
+        break;
+      }
+      batch_bytes_ += ready[batch_++].bytes;
+    }
+    if (batch_ == 0) break;
+    full = full || batch_bytes_ >= pressure_bytes() || ready.front().fragments > 0 || assembler_.open_is_streamed();
+    const bool due = Clock::now() - oldest_ready_ >= std::chrono::duration<double>(options_.flush_seconds);
+    if (!(all || full || due)) return;
+    std::vector<const StepData*> steps;
+    for (size_t i = 0; i < batch_; ++i) steps.push_back(&ready[i]);
+    const auto end = steps.back()->end;
+    totals_.raw_bytes.fetch_add(batch_bytes_, std::memory_order_relaxed);
+    write_block(steps, end);
+    ready.erase(ready.begin(), ready.begin() + static_cast<std::ptrdiff_t>(batch_));
+    batch_ = batch_bytes_ = 0;
+  }
+  // Records of aborted steps alone can fill the ring as well.
+  if (assembler_.held_bytes() >= 2 * pressure_bytes() && !assembler_.open_is_streamed() && assembler_.open().bytes == 0) {
+    write_block({}, assembler_.positions());
+  }
+}
+
+void Drain::write_fragment() {
+  StepData& open = assembler_.open();
+  const uint64_t threshold = std::min(kFragmentBytes, ring_.lane(0).arena_bytes / 4);
+  const bool many = assembler_.held_records() >= ring_.lane(0).descriptor_count / 4;
+  if (open.pieces.empty() || (open.bytes < threshold && !many)) return;
+  const auto end = assembler_.positions();
+  if (!ensure_segment()) {
+    // The step goes on without this part, and so is incomplete: drop_incomplete_layers() will find and count it.
+    open.pieces.clear();
+    open.bytes = 0;
+    assembler_.release(end);
+    return;
+  }
+  builder_.build_fragment(open, extras_for(end));
+  totals_.raw_bytes.fetch_add(open.bytes, std::memory_order_relaxed);
+  if (store(end)) ++open.fragments;
+  open.pieces.clear();
+  open.bytes = 0;
+}
+
+// Losses that came after the last block.
+void Drain::write_bookkeeping() {
+  uint64_t sum = 0;
+  for (const LossTotals& t : losses()) sum += t.steps + t.layers + t.rows;
+  if (sum != losses_written_ && assembler_.open().fragments == 0) write_block({}, assembler_.released());
+}
+
+bool Drain::write_block(std::span<const StepData* const> steps, const std::vector<LaneConsumer::Position>& end) {
+  uint64_t rows = 0;
+  for (const StepData* step : steps) rows += step->rows;
+  if (!ensure_segment()) {
+    ring_.lose(Loss::kIoError, steps.size(), 0, rows);
+    assembler_.release(end);
+    return false;
+  }
+  BlockExtras extras = extras_for(end);
+  extras.notes = requests_.lines_for(steps);
+  builder_.build_rows(steps, extras);
+  if (!store(end)) {
+    ring_.lose(Loss::kIoError, steps.size(), 0, rows);
+    return false;
+  }
+  requests_.written();
+  totals_.rows.fetch_add(rows, std::memory_order_relaxed);
+  if (segment_.bytes() >= options_.segment_bytes) close_segment();
+  return true;
+}
+
+// Writes the built block, then frees its records: in this order, or a crash in between would lose them.
+bool Drain::store(const std::vector<LaneConsumer::Position>& end) {
+  const int error = segment_.append(builder_);
+  assembler_.release(end);
+  if (error != 0) {
+    io_failed("cannot write a segment", error);
+    return false;
+  }
+  failing_ = false;
+  ++next_block_;
+  losses_written_ = 0;
+  for (const LossTotals& t : losses()) losses_written_ += t.steps + t.layers + t.rows;
+  totals_.blocks.fetch_add(1, std::memory_order_relaxed);
+  totals_.stored_bytes.fetch_add(builder_.bytes().size(), std::memory_order_relaxed);
+  return true;
+}
+
+bool Drain::ensure_segment() {
+  if (segment_.is_open()) return true;
+  if (failing_ && Clock::now() < retry_at_) return false;
+  if (options_.max_bytes > 0) {
+    keep_within(options_.trace, options_.max_bytes - std::min(options_.max_bytes, options_.segment_bytes));
+  }
+  std::string metadata;
+  {
+    const std::lock_guard lock(mutex_);
+    metadata = metadata_;
+  }
+  const int error = segment_.create(options_.identity, next_segment_, metadata, compressor_);
+  if (error != 0) {
+    io_failed("cannot create a segment", error);
+    return false;
+  }
+  ++next_segment_;
+  requests_.new_segment();
+  return true;
+}
+
+void Drain::close_segment() {
+  if (!segment_.is_open()) return;
+  BlockExtras extras;
+  extras.number = next_block_;
+  extras.losses = losses();
+  const int error = segment_.close(builder_, extras);
+  if (error != 0) io_failed("cannot close a segment", error);
+}
+
+void Drain::io_failed(const char* what, int error) {
+  retry_at_ = Clock::now() + kRetry;
+  if (std::exchange(failing_, true)) return;
+  messages_.post(std::string(what) + " in " + options_.identity.directory + ": " +
+                 std::generic_category().message(error) + ". Steps are lost until it can be written again");
+}
+
+BlockExtras Drain::extras_for(const std::vector<LaneConsumer::Position>& end) const {
+  BlockExtras extras;
+  extras.number = next_block_;
+  for (size_t i = 0; i < end.size(); ++i) {
+    const uint64_t first = assembler_.released()[i].sequence + 1;
+    if (end[i].sequence >= first) extras.lanes.push_back({static_cast<uint16_t>(i), first, end[i].sequence});
+  }
+  extras.losses = losses();
+  return extras;
+}
+
+std::vector<LossTotals> Drain::losses() const {
+  std::vector<LossTotals> all;
+  for (size_t c = 0; c < kLossCauses; ++c) all.push_back(ring_.losses(static_cast<Loss>(c)));
+  return all;
+}
+
+}  // namespace moe_native

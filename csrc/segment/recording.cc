@@ -1,0 +1,45 @@
+#include "segment/recording.h"
+
+#include <unistd.h>
+
+namespace moe_native {
+
+namespace {
+
+DrainOptions with_ring(DrainOptions options, const Ring& ring) {
+  options.identity.ring_id = ring.id();
+  return options;
+}
+
+}  // namespace
+
+Recording::Recording(const RecordingOptions& options) : pid_(::getpid()), ring_(new Ring(options.ring)) {
+  steps_ = std::make_unique<StepRecorder>(*ring_, options.overflow, options.fields, messages_);
+  drain_ = std::make_unique<Drain>(*ring_, with_ring(options.drain, *ring_), messages_);
+  if (ring_->fell_back()) {
+    messages_.post("no room on /dev/shm for the ring: it lies in the trace's directory, where a busy disk can stall the model. " +
+                   std::string("Free some of /dev/shm, lower ring_bytes, or name another place in MOE_NATIVE_RING_DIR"));
+  }
+}
+
+Recording::~Recording() {
+  if (here()) close();
+  if (here()) return;
+  // A child's copies of a thread and of a condition variable that a thread waits on cannot be destroyed.
+  static_cast<void>(drain_.release());
+  static_cast<void>(steps_.release());
+  static_cast<void>(ring_.release());
+}
+
+bool Recording::here() const { return ::getpid() == pid_; }
+
+void Recording::close() {
+  if (closed_ || !here()) return;
+  closed_ = true;
+  unbind_all(*steps_);
+  steps_->abort_step();
+  drain_->close();
+  ring_->unlink();
+}
+
+}  // namespace moe_native

@@ -1,0 +1,48 @@
+// One recorder, whole: its ring, the producer's side, the drain thread. What the Python bindings hold.
+#pragma once
+
+#include <sys/types.h>
+
+#include <memory>
+#include <string>
+
+#include "core/messages.h"
+#include "core/ring.h"
+#include "core/step_recorder.h"
+#include "segment/drain.h"
+
+namespace moe_native {
+
+struct RecordingOptions {
+  RingOptions ring;
+  DrainOptions drain;
+  Overflow overflow = Overflow::kDrop;
+  uint32_t fields = kFieldIds | kFieldWeights;
+};
+
+class Recording {
+ public:
+  explicit Recording(const RecordingOptions& options);
+  ~Recording();
+
+  StepRecorder& steps() { return *steps_; }
+  Drain& drain() { return *drain_; }
+  const Ring& ring() const { return *ring_; }
+  Messages& messages() { return messages_; }
+
+  // Everything committed goes to the trace, then the ring is removed. Safe to call twice.
+  void close();
+  bool closed() const { return closed_; }
+  // False in a forked child, where there is neither ring nor drain thread and nothing must be called.
+  bool here() const;
+
+ private:
+  const pid_t pid_;
+  Messages messages_;
+  std::unique_ptr<Ring> ring_;
+  std::unique_ptr<StepRecorder> steps_;
+  std::unique_ptr<Drain> drain_;
+  bool closed_ = false;
+};
+
+}  // namespace moe_native

@@ -1,0 +1,14 @@
+// Keeps a trace within its size: whole closed segments go, the oldest first, across all runs.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace moe_native {
+
+// Deletes closed segments below `trace` until everything in it takes at most `max_bytes`. Segments that are being written, and
+// `rank.json` files of runs that still have one, stay. Directories that become empty of segments go. Errors are ignored: another process
+// may be deleting too, and what cannot be deleted now can be next time.
+void keep_within(const std::string& trace, uint64_t max_bytes) noexcept;
+
+}  // namespace moe_native

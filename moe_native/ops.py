@@ -1,0 +1,40 @@
+"""The torch op `moe_native::record`, registered for CPU and Meta tensors by importing this module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from moe_native import _C
+
+# Beside the extension module, which an editable install keeps elsewhere than this file.
+torch.ops.load_library(str(Path(_C.__file__).with_name("libmoe_native_ops.so")))
+
+#: The tensor that the op mutates in name, so that no compiler drops, merges or moves the call. One for the process, never freed:
+#: compiled graphs hold it.
+state: torch.Tensor = torch.zeros(8, dtype=torch.int64)
+
+#: Goes into vLLM's compile-cache key: a graph that was cached without the op, or with another schema of it, must not be used.
+SCHEMA_VERSION = "record-1"
+
+
+def record(
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    router_logits: torch.Tensor | None,
+    hidden: torch.Tensor | None,
+    binding: int,
+) -> None:
+    """Record one layer's rows of the open step; outside a step, or with a binding whose recorder is closed, do nothing.
+
+    Args:
+        topk_ids: `[rows, k]`, int32, int64, uint16 or uint32: logical expert ids.
+        topk_weights: `[rows, k]`, float32, float16 or bfloat16.
+        router_logits: `[rows, experts]` or None.
+        hidden: `[rows, width]`, the router's input, or None.
+        binding: what `Recorder.bind` returned for this router.
+
+    Never raises for what is in the tensors: an unusable shape or dtype is a counted loss and one line in the log.
+    """
+    torch.ops.moe_native.record(state, topk_ids, topk_weights, router_logits, hidden, binding)

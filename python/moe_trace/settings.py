@@ -1,0 +1,72 @@
+"""The environment settings of moe_native: names, meanings and defaults, as plain data.
+
+This is the one table of them. `moe_native.config` parses the values, `moe-native doctor` reports unknown names, and the
+README's table is checked against it. It imports nothing but the standard library, so that both packages can use it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Setting(NamedTuple):
+    """One environment variable. `key` is its name under `moe_native` in vLLM's `--additional-config`."""
+
+    name: str
+    key: str
+    meaning: str
+    default: str  # as a user would write it; empty: not set
+
+
+PREFIX = "MOE_NATIVE_"
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting("MOE_NATIVE_TRACE", "trace", "directory of the trace; recording is on when it is set", ""),
+    Setting("MOE_NATIVE_FIELDS", "fields", "columns to record: ids, weights, logits, hidden, tokens", "ids,weights"),
+    Setting("MOE_NATIVE_LAYERS", "layers", "layers to record, as in 0,4-7; all when not set", ""),
+    Setting("MOE_NATIVE_MAX_BYTES", "max_bytes", "room for the whole trace; the oldest segments are deleted", ""),
+    Setting("MOE_NATIVE_RING_BYTES", "ring_bytes", "size of the ring in memory, for each recording process", "64MiB"),
+    Setting("MOE_NATIVE_RING_DIR", "ring_dir", "where the ring lies", "/dev/shm"),
+    Setting("MOE_NATIVE_OVERFLOW", "overflow", "when the ring is full: drop (count the loss) or block (wait)", "drop"),
+    Setting("MOE_NATIVE_WEIGHTS_DTYPE", "weights_dtype", "how weights are stored: float16 or exact", "float16"),
+    Setting("MOE_NATIVE_FLUSH_SECONDS", "flush_seconds", "how old a row gets before readers can see it", "10"),
+)
+
+# Read by the build, not by a recorder; doctor must not take it for a typing error.
+BUILD_VARIABLES: tuple[str, ...] = ("MOE_NATIVE_READER_ONLY",)
+
+
+def default(name: str) -> str:
+    """The default of one setting, as a user would write it. Raises KeyError for a name that is not a setting."""
+    for setting in SETTINGS:
+        if setting.name == name:
+            return setting.default
+    raise KeyError(f"{name} is not a setting of moe_native")
+
+
+def unknown(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """Variables that start like ours and are none of ours, each with the setting that was probably meant (or None)."""
+    known = [setting.name for setting in SETTINGS]
+    strange: dict[str, str | None] = {}
+    for name in sorted(environment):
+        if not name.startswith((PREFIX, "MOENATIVE_", "MOE_TRACE_")) or name in known or name in BUILD_VARIABLES:
+            continue
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        strange[name] = near[0] if near else None
+    return strange
+
+
+def parse_bytes(text: str) -> int:
+    """A size as users write it, in bytes: `67108864`, `64MiB`, `2 GiB`, `500MB`, `1.5G`.
+
+    K, M, G and T are powers of 1000, with an `i` powers of 1024. Raises ValueError, with the forms that are understood, for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size: write it as 67108864, 64MiB or 2GB")
+    number, unit, binary = match.groups()
+    power = "kmgt".index(unit.lower()) + 1 if unit else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)

@@ -1,0 +1,202 @@
+"""How the command line talks to a person: tables and lines with rich, from the objects that `--json` gives to programs.
+
+On a terminal there is colour and the width is respected. In a pipe or a file there is neither colour nor a width, so
+that nothing is cut off. Text from a trace (names, paths, details) is never read as rich's markup, and its control
+characters are made visible: a trace may be a stranger's file.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import IO, Any, Protocol
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+UNLIMITED = 100_000  # columns of a pipe: more than any table is wide
+NOTHING = "–"
+
+
+class Advance(Protocol):
+    """Tells a progress bar that so many more units are done."""
+
+    def __call__(self, units: int) -> None: ...
+
+
+def console(stream: IO[str] | None = None) -> Console:
+    """A rich console for `stream` (stdout unless given), as wide as the data where nobody watches."""
+    stream = stream or sys.stdout
+    watched = stream.isatty()
+    return Console(
+        file=stream, width=None if watched else UNLIMITED, highlight=False, markup=False, emoji=False, soft_wrap=not watched
+    )
+
+
+@contextmanager
+def progress(what: str, total: int | None) -> Iterator[Advance]:
+    """A progress bar on stderr while a person watches it, nothing otherwise."""
+    if not sys.stderr.isatty():
+        yield lambda units: None
+        return
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda units: bar.advance(task, units)
+
+
+def summary(out: Console, of: dict[str, Any]) -> None:
+    """Print the object of `moe_trace.summary`."""
+    _heading(out, of)
+    asked = [f"{key} {_plain(value)}" for key, value in of["selection"].items() if value is not None]
+    if asked:
+        out.print(_line("selected: " + ", ".join(asked)))
+    out.print()
+    out.print(_layers(of) if of["layers"] else _line("no layer was recorded in this selection", "yellow"))
+    for line in _over_all(of["all"], len(of["layers"])):
+        out.print(line)
+    out.print()
+    for line in _losses_and_coverage(of):
+        out.print(line)
+
+
+def _heading(out: Console, of: dict[str, Any]) -> None:
+    state = {"closed": "closed", "live": "live: being recorded", "crashed": "crashed: the recording process died"}
+    colour = "green" if of["complete"] else "yellow"
+    head = Text(_clean(of["path"]), style="bold")
+    head.append(f"   {state.get(of['state'], of['state'])}, {'whole' if of['complete'] else 'not whole'}", style=colour)
+    out.print(head)
+    parts = [_clean(of["model"])] if of["model"] else []
+    shapes = {(layer["experts"], layer["top_k"]) for layer in of["layers"]}
+    parts.append(_count(len(of["layers"]), "layer"))
+    parts += [f"{experts} experts, top-{k}" for experts, k in sorted(shapes)[:3]]
+    parts.append(f"{_count(of['runs'], 'run')}, {_count(of['ranks'], 'rank')}")
+    if of["first_time"]:
+        parts.append(f"{_moment(of['first_time'])} to {_moment(of['last_time'])} UTC")
+    out.print(_line(" · ".join(parts)))
+
+
+def _layers(of: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("layer", "rows"):
+        table.add_column(name, justify="right", no_wrap=True)
+    tops = max(len(layer["top"]) for layer in of["layers"])
+    for rank in range(1, tops + 1):
+        table.add_column(f"top {rank}", justify="right", no_wrap=True)
+    for name in ("entropy", "max/mean", "dead"):
+        table.add_column(name, justify="right", no_wrap=True)
+    odd = [key for key in ("status", "invalid") if any(_odd(layer, key) for layer in of["layers"])]
+    for name in odd:
+        table.add_column(name, justify="right", no_wrap=True)
+    ids = len(str(max((entry["expert"] for layer in of["layers"] for entry in layer["top"]), default=0)))
+    for layer in of["layers"]:
+        cells = [str(layer["layer"]), f"{layer['rows']:,}"]
+        tops_of_layer = [f"{entry['expert']:>{ids}}  {_percent(entry['share'])}" for entry in layer["top"]]
+        cells += tops_of_layer + [NOTHING] * (tops - len(layer["top"]))
+        cells += [_ratio(layer["normalized_entropy"], 4), _ratio(layer["imbalance"], 2)]
+        cells.append(f"{layer['dead_experts']}/{layer['experts']}" if layer["rows"] else NOTHING)
+        table.add_row(*cells, *(f"{layer[key]:,}" if key == "invalid" else layer[key] for key in odd))
+    return table
+
+
+def _odd(layer: dict[str, Any], key: str) -> bool:
+    return bool(layer["invalid"]) if key == "invalid" else layer["status"] != "exact"
+
+
+def _over_all(whole: dict[str, Any], layers: int) -> Iterator[Text]:
+    if not layers:
+        return
+    entropy, imbalance = whole["normalized_entropy"], whole["imbalance"]
+    yield _line("")
+    yield _line(f"over all layers: {whole['rows']:,} rows, {whole['assignments']:,} assignments", "bold")
+    if entropy["mean"] is not None:
+        yield _line(
+            f"  normalised entropy   mean {entropy['mean']:.4f}, lowest {entropy['min']:.4f} (layer {entropy['min_layer']})"
+        )
+    if imbalance["mean"] is not None:
+        yield _line(
+            f"  max/mean             mean {imbalance['mean']:.2f}, highest {imbalance['max']:.2f} (layer {imbalance['max_layer']})"
+        )
+    yield _line(f"  dead experts         {whole['dead_experts']:,} of {whole['experts']:,}")
+    if whole["invalid"]:
+        yield _line(f"  invalid ids          {whole['invalid']:,}", "yellow")
+    top = ", ".join(f"{entry['expert']} ({_percent(entry['share'])})" for entry in whole["top"])
+    if top:
+        yield _line(f"  top by expert id     {top}; added up over the layers")
+
+
+def _losses_and_coverage(of: dict[str, Any]) -> Iterator[Text]:
+    lost = [loss for loss in of["losses"] if loss["steps"] or loss["layers"] or loss["rows"]]
+    if not lost:
+        yield _line("losses    none", "green")
+    for loss in lost:
+        what = ", ".join(_count(loss[key], key[:-1]) for key in ("steps", "layers", "rows") if loss[key])
+        yield _line(f"lost      {what}: {loss['cause']}", "red")
+    coverage = of["coverage"]
+    recorded = len(coverage["exact"]) + len(coverage["derived"])
+    expected = recorded + len(coverage["missed"]) + len(coverage["skipped"])
+    colour = "red" if coverage["missed"] or not recorded else "green"
+    yield _line(f"coverage  {recorded} of {_count(expected, 'MoE layer')} recorded", colour)
+    for status, colour in (("missed", "red"), ("derived", "yellow"), ("skipped", "")):
+        entries = sorted(coverage[status], key=lambda entry: entry["detail"] or "")
+        for detail, group in groupby(entries, key=lambda entry: entry["detail"] or ""):
+            layers = ranges(entry["layer"] for entry in group)
+            yield _line(f"{status:<8}  layer {layers}" + (f": {detail}" if detail else ""), colour)
+    if not of["problems"]:
+        yield _line("problems  none", "green")
+    for problem in of["problems"]:
+        yield _line(f"problem   {problem}", "red")
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers as a person writes them: 0, 4-7, 9."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+
+
+def size(count: float) -> str:
+    """A number of bytes for a person: 23.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1024
+    return f"{count:.3g} TiB"
+
+
+def _line(text: str, style: str = "") -> Text:
+    return Text(_clean(text), style=style)
+
+
+def _clean(text: Any) -> str:
+    """Control characters made visible, so that a name in a trace cannot steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def _plain(value: Any) -> str:
+    return ranges(value) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}%"
+
+
+def _ratio(value: float | None, digits: int) -> str:
+    return NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def _moment(iso: str) -> str:
+    return iso[:19].replace("T", " ")

@@ -1,0 +1,93 @@
+"""What `moe-native summary` says, as one object. `show.summary` prints it; `--json` gives it as it is.
+
+The object (`"format": "moe-native summary"`, `"version": 1`; later versions may add keys, never change one's meaning):
+
+| key | value |
+|---|---|
+| `path`, `model` | of the trace; `model` is null where nobody said |
+| `state` | `closed`, `live` (a process is recording) or `crashed` (its owner died; what it had committed is counted) |
+| `complete` | false when there is any loss, problem or missed layer; the next three say which |
+| `losses` | list of `{"cause", "steps", "layers", "rows"}`: totals of the whole trace, whatever was selected |
+| `problems` | list of sentences: torn or damaged segments, rings that could not be read |
+| `coverage` | `{"exact", "derived", "missed", "skipped"}`: lists of `{"layer", "name", "detail"}` |
+| `runs`, `ranks` | how many there are |
+| `first_time`, `last_time` | of the whole trace: ISO 8601 in UTC, or null without a step |
+| `selection` | `{"layers", "phase", "since"}` as asked for, null for all |
+| `layers` | list, an object for each layer that was recorded and selected; below |
+| `all` | over these layers; below |
+
+A layer: `layer`, `name`, `experts`, `top_k`, `status`; `rows` (tokens), `assignments` (the sum of the counts), `invalid`
+(ids that were no expert's), `top` (the most chosen: a list of `{"expert", "count", "share"}`), and, as
+`moe_trace.metrics` defines them, `normalized_entropy`, `effective_experts`, `imbalance` (max/mean) and `dead_experts`;
+null where a ratio has no value, as in a layer without rows.
+
+`all`: sums over the layers of `rows`, `assignments`, `invalid`, `experts` and `dead_experts`; `top` of the counts added
+up by expert id (which mixes unrelated experts of different layers); `normalized_entropy` `{"mean", "min", "min_layer"}`
+and `imbalance` `{"mean", "max", "max_layer"}`, where the mean is unweighted, over the layers that have a value.
+"""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace import metrics
+
+TOP = 3
+STATUSES = ("exact", "derived", "missed", "skipped")
+
+
+def of_layer(counts: npt.NDArray[np.int64], rows: int, invalid: int) -> dict[str, Any]:
+    """The numbers of one layer, from its counts `[experts]`."""
+    return {
+        "rows": rows,
+        "assignments": int(counts.sum()),
+        "invalid": invalid,
+        "top": _top(counts),
+        "normalized_entropy": _number(metrics.normalized_entropy(counts)),
+        "effective_experts": _number(metrics.effective_experts(counts)),
+        "imbalance": _number(metrics.imbalance(counts)),
+        "dead_experts": int(metrics.dead_experts(counts)),
+    }
+
+
+def of_all(layers: list[dict[str, Any]], counts: list[npt.NDArray[np.int64]]) -> dict[str, Any]:
+    """The numbers over all layers, from the objects of the layers and, beside them, their counts."""
+    pooled = np.zeros(max((len(c) for c in counts), default=1), dtype=np.int64)
+    for of_one in counts:
+        pooled[: len(of_one)] += of_one
+    whole: dict[str, Any] = {
+        key: sum(layer[key] or 0 for layer in layers)
+        for key in ("rows", "assignments", "invalid", "experts", "dead_experts")
+    }
+    whole["top"] = _top(pooled)
+    for key, extreme in (("normalized_entropy", min), ("imbalance", max)):
+        known = [layer for layer in layers if layer[key] is not None]
+        far = extreme(known, key=lambda layer: layer[key]) if known else None
+        whole[key] = {
+            "mean": math.fsum(layer[key] for layer in known) / len(known) if known else None,
+            extreme.__name__: far[key] if far else None,
+            f"{extreme.__name__}_layer": far["layer"] if far else None,
+        }
+    return whole
+
+
+def _top(counts: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+    share = metrics.shares(counts)
+    return [
+        {"expert": int(e), "count": int(counts[e]), "share": float(share[e])}
+        for e in metrics.top(counts, TOP)
+        if counts[e] > 0
+    ]
+
+
+def _number(value: Any) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _iso(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
