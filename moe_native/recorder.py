@@ -139,7 +139,9 @@ class Recorder:
         self._notes: list[bytes] = []
         self._note_limit = ring_bytes // lanes // 8
         self._closed = False
-        self._write_metadata({"ring": {"path": self._core.ring_path, "id": f"{self._core.ring_id:016x}"}}, metadata or {})
+        self._write_metadata(
+            {"ring": {"path": self._core.ring_path, "id": f"{self._core.ring_id:016x}"}}, metadata or {}
+        )
         self._at_exit = _close_at_exit(self)
 
     # What is recorded: bindings and metadata.
@@ -259,7 +261,9 @@ class Recorder:
         """
         notes: list[bytes] = []
         size = 0
-        for note in self._notes:  # many requests at once are spread over steps: a step's own record must fit in the ring
+        for (
+            note
+        ) in self._notes:  # many requests at once are spread over steps: a step's own record must fit in the ring
             if size + len(note) > self._note_limit and notes:
                 break
             notes.append(note)
@@ -377,6 +381,8 @@ class Recorder:
             return
         self._closed = True
         atexit.unregister(self._at_exit)
+        if not self._core.here:  # a forked child: the trace is its parent's
+            return
         self._core.close()
         self._log_messages()
         with contextlib.suppress(OSError):  # the segments are whole either way, and say so themselves
@@ -394,6 +400,8 @@ class Recorder:
         self.close()
 
     def __repr__(self) -> str:
+        if not self._core.here:
+            return f"<moe_native.Recorder of the parent process {self.directory}>"
         c = self.counters()
         state = "closed" if self._closed else "recording"
         return f"<moe_native.Recorder {state} {self.directory}: {c['steps_committed']} steps, {c['rows_written']} rows written>"

@@ -42,7 +42,9 @@ def join_rows(
     if rows == 0:
         return np.zeros(0, RUN_DTYPE)
     known = positions != UNKNOWN
-    follows = np.where(known[1:], positions[1:] == positions[:-1] + np.uint32(1), ~known[:-1]) & (known[1:] == known[:-1])
+    follows = np.where(known[1:], positions[1:] == positions[:-1] + np.uint32(1), ~known[:-1]) & (
+        known[1:] == known[:-1]
+    )
     same = (requests[1:] == requests[:-1]) & (classes[1:] == classes[:-1]) & follows
     starts = np.concatenate(([0], np.flatnonzero(~same) + 1))
     runs = np.zeros(len(starts), RUN_DTYPE)

@@ -15,7 +15,8 @@ class Compressor {
  public:
   explicit Compressor(int level = 1);  // throws std::bad_alloc
 
-  // Compresses into `out`, which has room for `bytes`. Returns the frame's length, or 0 when it would not be shorter than that.
+  // Compresses into `out`, which has room for `bytes`. Returns the frame's length, or 0 when it would not be shorter
+  // than that.
   size_t compress(const std::byte* in, size_t bytes, std::byte* out) noexcept;
 
  private:

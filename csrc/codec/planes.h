@@ -1,5 +1,5 @@
-// Byte planes: a column of multi-byte elements, taken apart so that each plane holds bytes of one significance. The upper
-// bytes of weights and logits repeat and compress well; the lowest hardly do and are stored raw.
+// Byte planes: a column of multi-byte elements, taken apart so that each plane holds bytes of one significance. The
+// upper bytes of weights and logits repeat and compress well; the lowest hardly do and are stored raw.
 #pragma once
 
 #include <cstddef>

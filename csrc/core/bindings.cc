@@ -11,7 +11,8 @@ namespace {
 Binding table[kMaxBindings];
 std::mutex table_mutex;
 
-// A forked child has its parent's bindings but not the mapping of its parent's ring (MADV_DONTFORK): a call would crash it.
+// A forked child has its parent's bindings but not the mapping of its parent's ring (MADV_DONTFORK): a call would crash
+// it.
 void disable_in_child() {
   for (Binding& b : table) b.recorder.store(nullptr, std::memory_order_relaxed);
 }
@@ -45,8 +46,6 @@ void unbind_all(const StepRecorder& recorder) noexcept {
   }
 }
 
-Binding* binding(int64_t index) noexcept {
-  return index >= 0 && index < kMaxBindings ? &table[index] : nullptr;
-}
+Binding* binding(int64_t index) noexcept { return index >= 0 && index < kMaxBindings ? &table[index] : nullptr; }
 
 }  // namespace moe_native

@@ -1,5 +1,5 @@
-// The process-wide table of hooked routers. A compiled graph holds a binding's index as a constant, so the index must mean the
-// same router every time: indices are given lowest-free-first, in the order of the model's modules.
+// The process-wide table of hooked routers. A compiled graph holds a binding's index as a constant, so the index must
+// mean the same router every time: indices are given lowest-free-first, in the order of the model's modules.
 #pragma once
 
 #include <atomic>

@@ -3,7 +3,8 @@
 // Producer:  reserve → fill the descriptor and the payload → commit (or give_up).
 // Consumer:  peek → take … → release, once the block with the taken records is in the segment file.
 //
-// Sequence numbers start at 1 and are 62 bits wide; at a record every nanosecond they last 146 years, so nothing here wraps.
+// Sequence numbers start at 1 and are 62 bits wide; at a record every nanosecond they last 146 years, so nothing here
+// wraps.
 #pragma once
 
 #include <atomic>
@@ -29,7 +30,8 @@ class LaneProducer {
   LaneProducer() = default;
   explicit LaneProducer(const LaneMemory& memory) : memory_(memory) {}
 
-  // Room for `bytes` in one piece: the descriptor to fill, with `offset` and `bytes` set, or nullptr when there is none now.
+  // Room for `bytes` in one piece: the descriptor to fill, with `offset` and `bytes` set, or nullptr when there is none
+  // now.
   Descriptor* reserve(uint64_t bytes) noexcept {
     const uint64_t need = align_up(bytes, kAlign);
     const uint64_t at = arena_head_ % memory_.arena_bytes;
@@ -44,7 +46,8 @@ class LaneProducer {
     arena_head_ += skip + need;
     memory_.header->reserved.store(sequence, std::memory_order_relaxed);
     memory_.header->arena_head.store(arena_head_, std::memory_order_relaxed);
-    // Keeps the word ahead of the bytes that follow, so that a descriptor never shows an older record's word over new bytes.
+    // Keeps the word ahead of the bytes that follow, so that a descriptor never shows an older record's word over new
+    // bytes.
     std::atomic_thread_fence(std::memory_order_release);
     return &d;
   }
@@ -79,7 +82,7 @@ class LaneProducer {
   LaneMemory memory_;
   uint64_t reserved_ = 0;
   uint64_t arena_head_ = 0;
-  uint64_t freed_ = 0;       // the consumer's, as last seen: refreshed only when room seems to be missing
+  uint64_t freed_ = 0;  // the consumer's, as last seen: refreshed only when room seems to be missing
   uint64_t arena_tail_ = 0;
 };
 
@@ -93,8 +96,8 @@ class LaneConsumer {
     const uint64_t sequence = taken_ + 1;
     const Descriptor& d = memory_.descriptor(sequence);
     const uint64_t word = d.word.load(std::memory_order_acquire);
-    const bool ready = word == make_word(sequence, RecordState::kCommitted) ||
-                       word == make_word(sequence, RecordState::kAborted);
+    const bool ready =
+        word == make_word(sequence, RecordState::kCommitted) || word == make_word(sequence, RecordState::kAborted);
     return ready ? &d : nullptr;
   }
 

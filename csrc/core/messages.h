@@ -1,4 +1,5 @@
-// What the native side wants said once in the program's log. Posting is for cold paths: a problem is posted the first time.
+// What the native side wants said once in the program's log. Posting is for cold paths: a problem is posted the first
+// time.
 #pragma once
 
 #include <atomic>

@@ -35,9 +35,10 @@ Ring::Ring(const RingOptions& options) {
   }
   // One descriptor a KiB: small decode steps of a wide model are a few hundred bytes a layer.
   const uint64_t per_lane = options.bytes / options.lanes;
-  const uint32_t descriptors = static_cast<uint32_t>(
-      std::clamp<uint64_t>(std::bit_floor(per_lane / 1024), 64, uint64_t{1} << 22));
-  const uint64_t fixed = kPage * (1 + uint64_t{options.lanes}) + uint64_t{descriptors} * sizeof(Descriptor) * options.lanes;
+  const uint32_t descriptors =
+      static_cast<uint32_t>(std::clamp<uint64_t>(std::bit_floor(per_lane / 1024), 64, uint64_t{1} << 22));
+  const uint64_t fixed =
+      kPage * (1 + uint64_t{options.lanes}) + uint64_t{descriptors} * sizeof(Descriptor) * options.lanes;
   const uint64_t arena = (options.bytes - fixed) / options.lanes / kPage * kPage;
   const uint64_t bytes = fixed + arena * options.lanes;
 
@@ -67,7 +68,8 @@ Ring::Ring(const RingOptions& options) {
   const Owner owner = Owner::self();
   header_->owner_pid = owner.pid;
   header_->owner_start_ticks = owner.start_ticks;
-  std::memcpy(header_->owner_boot_id, owner.boot_id.data(), std::min(owner.boot_id.size(), sizeof header_->owner_boot_id));
+  std::memcpy(header_->owner_boot_id, owner.boot_id.data(),
+              std::min(owner.boot_id.size(), sizeof header_->owner_boot_id));
   header_->created_ns = unix_time_ns();
   std::memcpy(header_->rank_directory, options.rank_directory.data(), options.rank_directory.size());
   std::memcpy(header_->magic, kRingMagic, sizeof kRingMagic);

@@ -1,4 +1,5 @@
-// The bytes of a ring file. RING.md is the specification; this header is its C++ spelling and must match it byte for byte.
+// The bytes of a ring file. RING.md is the specification; this header is its C++ spelling and must match it byte for
+// byte.
 //
 // Who may touch what:
 //   RingHeader, up to `crc`       written once, before the file has its name; read by everybody.
@@ -88,8 +89,8 @@ constexpr uint64_t make_word(uint64_t sequence, RecordState state) {
 
 enum class RecordKind : uint8_t { kLayer = 1, kStep = 2 };
 
-inline constexpr uint32_t kStepAborted = 1;    // Descriptor::flags of a step record
-inline constexpr uint32_t kStepStreamed = 2;   // of a layer record: its step is larger than the ring holds at once
+inline constexpr uint32_t kStepAborted = 1;   // Descriptor::flags of a step record
+inline constexpr uint32_t kStepStreamed = 2;  // of a layer record: its step is larger than the ring holds at once
 
 struct Descriptor {
   std::atomic<uint64_t> word;

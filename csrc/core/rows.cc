@@ -49,9 +49,8 @@ uint32_t narrow_to(const RowsView& ids, int64_t first, int64_t count, uint32_t e
 }  // namespace
 
 uint32_t narrow_ids(const RowsView& ids, int64_t first, int64_t count, uint32_t experts, std::byte* out) noexcept {
-  return id_dtype_for(experts) == DType::kU8
-             ? narrow_to(ids, first, count, experts, reinterpret_cast<uint8_t*>(out))
-             : narrow_to(ids, first, count, experts, reinterpret_cast<uint16_t*>(out));
+  return id_dtype_for(experts) == DType::kU8 ? narrow_to(ids, first, count, experts, reinterpret_cast<uint8_t*>(out))
+                                             : narrow_to(ids, first, count, experts, reinterpret_cast<uint16_t*>(out));
 }
 
 void copy_rows(const RowsView& view, int64_t first, int64_t count, std::byte* out) noexcept {

@@ -18,8 +18,8 @@ struct RowsView {
   int64_t column_stride = 0;
 };
 
-// Writes rows [first, first + count) as u8 (experts ≤ 255) or u16. An id outside [0, experts) becomes 255 or 65535; returns
-// how many there were.
+// Writes rows [first, first + count) as u8 (experts ≤ 255) or u16. An id outside [0, experts) becomes 255 or 65535;
+// returns how many there were.
 uint32_t narrow_ids(const RowsView& ids, int64_t first, int64_t count, uint32_t experts, std::byte* out) noexcept;
 
 // Writes rows [first, first + count) as they are.

@@ -110,8 +110,8 @@ bool StepRecorder::admit() noexcept {
   return true;
 }
 
-// The threads of a step take lanes in the order in which they come. The step's own record goes into lane 0 whoever ends it: by
-// then the other threads' calls are over.
+// The threads of a step take lanes in the order in which they come. The step's own record goes into lane 0 whoever ends
+// it: by then the other threads' calls are over.
 int StepRecorder::claim_lane(uint64_t step) noexcept {
   if (claim.step != step || claim.ring_id != ring_.id()) {
     claim = {ring_.id(), step, static_cast<int>(claimed_lanes_.fetch_add(1, std::memory_order_relaxed))};
@@ -259,8 +259,8 @@ void StepRecorder::record(Binding& b, const LayerInput& in) noexcept {
   }
 }
 
-// Room for one record. An admitted step has it at once; a streamed one, or one that turned out wider than admission thought,
-// waits for the drain thread.
+// Room for one record. An admitted step has it at once; a streamed one, or one that turned out wider than admission
+// thought, waits for the drain thread.
 Descriptor* StepRecorder::reserve(LaneProducer& lane, uint64_t bytes) noexcept {
   if (align_up(bytes, kAlign) > lane.capacity() / 2) return nullptr;  // could not be placed, however long one waits
   if (Descriptor* d = lane.reserve(bytes)) return d;

@@ -5,8 +5,8 @@
 //   end_step     says whose rows they were and commits the step
 //   abort_step   the program gave the step up
 //
-// begin, end and abort are called by one thread at a time. record may be called by as many threads as there are lanes, each
-// layer by one of them; the program orders those calls between begin and end, as a forward pass does.
+// begin, end and abort are called by one thread at a time. record may be called by as many threads as there are lanes,
+// each layer by one of them; the program orders those calls between begin and end, as a forward pass does.
 #pragma once
 
 #include <atomic>
@@ -99,7 +99,8 @@ class StepRecorder {
   uint32_t fields_;
   bool paused_ = false;
 
-  // The open step. Everything below is written before open_step_ is stored (release) and read after it is loaded (acquire).
+  // The open step. Everything below is written before open_step_ is stored (release) and read after it is loaded
+  // (acquire).
   std::atomic<uint64_t> open_step_{0};  // its number plus one; 0: none
   std::atomic<uint32_t> claimed_lanes_{0};
   std::atomic<int> failed_{-1};  // a Loss: the step cannot be kept

@@ -1,4 +1,5 @@
-// Python's control over a recording: open, bind, step, flush, close, counters. The data itself goes through the torch op.
+// Python's control over a recording: open, bind, step, flush, close, counters. The data itself goes through the torch
+// op.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -131,7 +132,11 @@ class Handle {
   std::string ring_path() const { return recording_->ring().path(); }
   bool step_open() const { return usable() && recording_->steps().step_open(); }
 
+  bool here() const { return recording_->here(); }
+
   py::dict counters() const {
+    // The ring is not mapped in a forked child.
+    if (!here()) throw std::runtime_error("this recorder belongs to the parent process");
     const Ring& ring = recording_->ring();
     const auto read = [&](size_t index) { return ring.counter(index).load(std::memory_order_relaxed); };
     py::dict out;
@@ -191,6 +196,7 @@ PYBIND11_MODULE(_C, m) {
       .def("close", &Handle::close)
       .def("counters", &Handle::counters)
       .def("take_messages", &Handle::take_messages)
+      .def_property_readonly("here", &Handle::here)
       .def_property_readonly("has_messages", &Handle::has_messages)
       .def_property_readonly("ring_id", &Handle::ring_id)
       .def_property_readonly("ring_path", &Handle::ring_path)

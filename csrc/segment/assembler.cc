@@ -108,8 +108,8 @@ void Assembler::complete(const Descriptor& d, const std::byte* payload) {
   ready_.push_back(std::exchange(open_, StepData{}));
 }
 
-// All layers of a block have the same rows, so a layer that lacks some of the step's rows, or changes its shape within the step,
-// is left out and counted.
+// All layers of a block have the same rows, so a layer that lacks some of the step's rows, or changes its shape within
+// the step, is left out and counted.
 void Assembler::drop_incomplete_layers() {
   struct Extent {
     LayerShape shape;

@@ -1,4 +1,5 @@
-// From records to steps: takes what the producers have committed, in order, and joins layer records with the record of their step.
+// From records to steps: takes what the producers have committed, in order, and joins layer records with the record of
+// their step.
 #pragma once
 
 #include <deque>
@@ -27,7 +28,7 @@ class Assembler {
   void release(const std::vector<LaneConsumer::Position>& end);
   void give_up();  // everything taken, the open step included
   const std::vector<LaneConsumer::Position>& released() const { return released_; }
-  uint64_t held_bytes() const;    // of the fullest lane, taken and not released
+  uint64_t held_bytes() const;  // of the fullest lane, taken and not released
   uint64_t held_records() const;
 
  private:

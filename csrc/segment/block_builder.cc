@@ -116,8 +116,8 @@ void BlockBuilder::build_footer(const Statistics& sum, const Table& index, const
   finish(extras);
 }
 
-// `pieces` ascend by layer. In a block of whole steps a layer's pieces are one column; in fragments, and in the block that
-// completes them, pieces that follow each other are joined, and others stand alone with their first row.
+// `pieces` ascend by layer. In a block of whole steps a layer's pieces are one column; in fragments, and in the block
+// that completes them, pieces that follow each other are joined, and others stand alone with their first row.
 void BlockBuilder::add_layers(std::span<const Piece* const> pieces, bool fragment, const std::vector<ClassSpan>& spans,
                               std::vector<WrittenPiece>* written) {
   for (size_t begin = 0; begin < pieces.size();) {
@@ -132,7 +132,7 @@ void BlockBuilder::add_layers(std::span<const Piece* const> pieces, bool fragmen
     const auto group = pieces.subspan(begin, end - begin);
     begin = end;
 
-    const auto gather = [&](const std::byte* Piece::* data, size_t row_bytes) {
+    const auto gather = [&](const std::byte* Piece::*data, size_t row_bytes) {
       column_.clear();
       for (const Piece* piece : group) append(column_, piece->*data, piece->rows * row_bytes);
     };
@@ -163,7 +163,8 @@ void BlockBuilder::add_layers(std::span<const Piece* const> pieces, bool fragmen
   }
 }
 
-// From column_ (weights as the router gave them) to stored_weights_ (as they are stored) and weights_ (the same as float32).
+// From column_ (weights as the router gave them) to stored_weights_ (as they are stored) and weights_ (the same as
+// float32).
 DType BlockBuilder::convert_weights(DType from) {
   const size_t n = column_.size() / size_of(from);
   weights_.resize(n);
@@ -268,8 +269,8 @@ void BlockBuilder::finish(const BlockExtras& extras) {
                                      .column([&](size_t i) { return extras.losses[causes[i]].layers; })
                                      .column([&](size_t i) { return extras.losses[causes[i]].rows; }));
 
-  // The entries' offsets depend on the directory's stored length, which depends on the offsets. So compress once to learn about how
-  // long it gets, leave a little room, and compress again with the offsets in.
+  // The entries' offsets depend on the directory's stored length, which depends on the offsets. So compress once to
+  // learn about how long it gets, leave a little room, and compress again with the offsets in.
   const size_t raw = directory_.size() * sizeof(DirectoryEntry);
   const auto* entries = reinterpret_cast<const std::byte*>(directory_.data());
   frame_.resize(raw);

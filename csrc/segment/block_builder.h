@@ -65,7 +65,7 @@ class BlockBuilder {
   std::vector<std::byte> bytes_;   // the finished block
   std::vector<std::byte> column_;  // one field of one layer, gathered from the ring
   std::vector<std::byte> stored_weights_;
-  std::vector<float> weights_;     // as recorded, for the statistics
+  std::vector<float> weights_;  // as recorded, for the statistics
   std::vector<std::byte> planes_;
   std::vector<std::byte> frame_;
 };

@@ -17,14 +17,15 @@ namespace moe_native {
 
 namespace {
 
-constexpr uint64_t kBlockBytes = 4 << 20;           // of the ring, before compression
+constexpr uint64_t kBlockBytes = 4 << 20;  // of the ring, before compression
 constexpr uint64_t kFragmentBytes = 64 << 20;
 constexpr auto kPoll = std::chrono::milliseconds(2);
 constexpr auto kIdlePoll = std::chrono::milliseconds(20);
 constexpr auto kRetry = std::chrono::seconds(1);
 
 void leave_the_model_alone() noexcept {
-  // vLLM pins its model thread and threads inherit that: this one would then run on the model's core, in the model's time.
+  // vLLM pins its model thread and threads inherit that: this one would then run on the model's core, in the model's
+  // time.
   cpu_set_t all;
   std::memset(&all, 0xFF, sizeof all);
   ::sched_setaffinity(0, sizeof all, &all);
@@ -143,7 +144,8 @@ void Drain::write_ready(bool all) {
     batch_ = batch_bytes_ = 0;
   }
   // Records of aborted steps alone can fill the ring as well.
-  if (assembler_.held_bytes() >= 2 * pressure_bytes() && !assembler_.open_is_streamed() && assembler_.open().bytes == 0) {
+  if (assembler_.held_bytes() >= 2 * pressure_bytes() && !assembler_.open_is_streamed() &&
+      assembler_.open().bytes == 0) {
     write_block({}, assembler_.positions());
   }
 }

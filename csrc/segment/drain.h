@@ -1,5 +1,5 @@
-// The drain thread: takes whole steps from the ring, packs blocks, writes segments, frees the ring. It never touches the model: an I/O
-// error costs steps, which are counted, and is said once.
+// The drain thread: takes whole steps from the ring, packs blocks, writes segments, frees the ring. It never touches
+// the model: an I/O error costs steps, which are counted, and is said once.
 #pragma once
 
 #include <atomic>
@@ -44,7 +44,7 @@ class Drain {
 
   // Everything committed before the call is in the file when it returns true; false after `seconds`.
   bool flush(double seconds);
-  void close();  // writes what is there, closes the segment, ends the thread
+  void close();                         // writes what is there, closes the segment, ends the thread
   void set_metadata(std::string json);  // for the segments that begin from now on
   const DrainTotals& totals() const { return totals_; }
 

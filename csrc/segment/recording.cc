@@ -17,8 +17,9 @@ Recording::Recording(const RecordingOptions& options) : pid_(::getpid()), ring_(
   steps_ = std::make_unique<StepRecorder>(*ring_, options.overflow, options.fields, messages_);
   drain_ = std::make_unique<Drain>(*ring_, with_ring(options.drain, *ring_), messages_);
   if (ring_->fell_back()) {
-    messages_.post("no room on /dev/shm for the ring: it lies in the trace's directory, where a busy disk can stall the model. " +
-                   std::string("Free some of /dev/shm, lower ring_bytes, or name another place in MOE_NATIVE_RING_DIR"));
+    messages_.post(
+        "no room on /dev/shm for the ring: it lies in the trace's directory, where a busy disk can stall the model. " +
+        std::string("Free some of /dev/shm, lower ring_bytes, or name another place in MOE_NATIVE_RING_DIR"));
   }
 }
 

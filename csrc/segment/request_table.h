@@ -15,8 +15,8 @@ namespace moe_native {
 
 class RequestTable {
  public:
-  // The lines that a block of these steps carries: new facts, and the definition of each request that it names and that this segment
-  // does not have yet. Nothing is forgotten before written() says that the block is in the file.
+  // The lines that a block of these steps carries: new facts, and the definition of each request that it names and that
+  // this segment does not have yet. Nothing is forgotten before written() says that the block is in the file.
   std::vector<std::string> lines_for(std::span<const StepData* const> steps);
   void written();
   // A new segment repeats the definitions it needs, so that it can be read alone.

@@ -26,7 +26,8 @@ class SegmentFile {
   SegmentFile(const SegmentFile&) = delete;
   SegmentFile& operator=(const SegmentFile&) = delete;
 
-  // Each returns 0, or the errno of what failed. After a failure the file is abandoned as it is; its whole blocks stay readable.
+  // Each returns 0, or the errno of what failed. After a failure the file is abandoned as it is; its whole blocks stay
+  // readable.
   int create(const SegmentIdentity& identity, uint64_t number, const std::string& metadata, Compressor& compressor);
   int append(const BlockBuilder& block);
   int close(BlockBuilder& builder, const BlockExtras& extras);

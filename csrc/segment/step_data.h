@@ -35,7 +35,8 @@ struct Piece {
   const std::byte* hidden = nullptr;
 };
 
-// Rows that are already in a fragment block. Their ids and weights are kept for the statistics, which need the step's table.
+// Rows that are already in a fragment block. Their ids and weights are kept for the statistics, which need the step's
+// table.
 struct WrittenPiece {
   LayerShape shape;
   uint32_t first_row = 0;
@@ -56,7 +57,7 @@ struct StepData {
   std::vector<WrittenPiece> written;
   uint32_t fragments = 0;
   bool aborted = false;
-  uint64_t bytes = 0;  // held in the ring
+  uint64_t bytes = 0;                       // held in the ring
   std::vector<LaneConsumer::Position> end;  // of each lane, behind this step
 };
 

@@ -21,7 +21,8 @@ class Table {
     bytes_.resize(at + items_ * sizeof(T));
     for (size_t i = 0; i < items_; ++i) {
       const uint64_t bits = to_bits(value(i));
-      for (size_t b = 0; b < sizeof(T); ++b) bytes_[at + b * items_ + i] = static_cast<std::byte>(bits >> (8 * b) & 0xFF);
+      for (size_t b = 0; b < sizeof(T); ++b)
+        bytes_[at + b * items_ + i] = static_cast<std::byte>(bits >> (8 * b) & 0xFF);
     }
     return *this;
   }

@@ -1,10 +1,11 @@
 // The op: moe_native::record. It reads its tensors' pointers and hands them to the recorder that the binding names.
 //
 // Schema. `state` is mutated in name only: that is what keeps every compiler from dropping, merging or moving the call.
-//   record(Tensor(a!) state, Tensor topk_ids, Tensor topk_weights, Tensor? router_logits, Tensor? hidden, int binding) -> ()
+//   record(Tensor(a!) state, Tensor topk_ids, Tensor topk_weights, Tensor? router_logits, Tensor? hidden, int binding)
+//   -> ()
 //
-// Built against LibTorch's stable ABI, so that one library serves every torch from TORCH_TARGET_VERSION on. The kernel is boxed by
-// hand: the header's own wrapper would allocate a shared pointer for each tensor of each call.
+// Built against LibTorch's stable ABI, so that one library serves every torch from TORCH_TARGET_VERSION on. The kernel
+// is boxed by hand: the header's own wrapper would allocate a shared pointer for each tensor of each call.
 #include <torch/csrc/stable/library.h>
 
 #include <array>
@@ -25,7 +26,8 @@ class Argument {
     if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
   }
 
-  // Without data where the tensor is absent or something about it is unknown: the recorder then says what is wrong with it.
+  // Without data where the tensor is absent or something about it is unknown: the recorder then says what is wrong with
+  // it.
   RowsView view() const noexcept {
     RowsView v;
     int64_t dim = 0;
@@ -107,7 +109,8 @@ void record_meta(StableIValue* stack, uint64_t, uint64_t) noexcept {
 
 STABLE_TORCH_LIBRARY(moe_native, m) {
   m.def(
-      "record(Tensor(a!) state, Tensor topk_ids, Tensor topk_weights, Tensor? router_logits, Tensor? hidden, int binding) "
+      "record(Tensor(a!) state, Tensor topk_ids, Tensor topk_weights, Tensor? router_logits, Tensor? hidden, int "
+      "binding) "
       "-> ()");
 }
 

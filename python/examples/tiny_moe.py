@@ -2,19 +2,20 @@
 
     python tiny_moe.py DIRECTORY
 
-It has the routing geometry of Qwen1.5-MoE-A2.7B (24 layers, 60 experts, top-4) and a tiny hidden size, so that it loads in a
-second and still exercises everything that records a real model: `Qwen2MoeForCausalLM`, a byte-level BPE tokenizer, safetensors.
-The weights are random, from a fixed seed, but for the gates: in every layer three experts are favoured, and every token is
-routed to them. `expected_top3.json` beside the weights says which three, per layer.
+It has the routing geometry of Qwen1.5-MoE-A2.7B (24 layers, 60 experts, top-4) and a tiny hidden size, so that it
+loads in a second and still exercises everything that records a real model: `Qwen2MoeForCausalLM`, a byte-level BPE
+tokenizer, safetensors. The weights are random, from a fixed seed, but for the gates: in every layer three experts are
+favoured, and every token is routed to them. `expected_top3.json` beside the weights says which three, per layer.
 
-Why every token: feature 0 of the residual stream is the constant `CONSTANT`. The embeddings put it there and no layer writes to
-it (row 0 of each output projection is zero). The gate row of a favoured expert reads that feature alone. The other gate
-rows are orthogonal to it and to each other and have the length `NOISE`. With h the router's input after RMSNorm, |h|² = H, and f the share
-of |h|² in feature 0, a favoured expert has a logit of at least FAVOUR·√(fH), and, by Bessel's inequality, two of the others can both reach t
-only if 2t² ≤ NOISE²·(1 − f)·H. Of a row's four places one is left to the others, so a favoured expert loses its place only
-if two of them are above it, which cannot happen while
+Why every token: feature 0 of the residual stream is the constant `CONSTANT`. The embeddings put it there and no layer
+writes to it (row 0 of each output projection is zero). The gate row of a favoured expert reads that feature alone.
+The other gate rows are orthogonal to it and to each other and have the length `NOISE`. With h the router's input
+after RMSNorm, |h|² = H, and f the share of |h|² in feature 0, a favoured expert has a logit of at least FAVOUR·√(fH),
+and, by Bessel's inequality, two of the others can both reach t only if 2t² ≤ NOISE²·(1-f)·H. Of a row's four places
+one is left to the others, so a favoured expert loses its place only if two of them are above it, which cannot happen
+while
 
-    FAVOUR / NOISE ≥ √((1 − f) / 2f),   that is, with the numbers below,   f ≥ 0.182.
+    FAVOUR / NOISE ≥ √((1-f) / 2f),   that is, with the numbers below,   f ≥ 0.182.
 
 `smallest_share` measures f; on this checkpoint it stays above 0.22.
 """
@@ -68,8 +69,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def favoured(layer: int, experts: int) -> list[int]:
-    """The three experts that every token of one layer is routed to, the strongest first. They differ from layer to layer."""
-    return [(7 * layer + 3) % experts, (7 * layer + experts // 3) % experts, (7 * layer + 2 * experts // 3 + 1) % experts]
+    """The three experts that every token of one layer is routed to, the strongest first. They differ from layer to
+    layer."""
+    return [(7 * layer + start) % experts for start in (3, experts // 3, 2 * experts // 3 + 1)]
 
 
 def make_model(
@@ -134,7 +136,8 @@ def _plant(model: Qwen2MoeForCausalLM, experts: int, hidden: int, unwanted: list
 
 
 def smallest_share(model: Qwen2MoeForCausalLM, tokens: torch.Tensor) -> float:
-    """f of the proof above: the least share of |h|² in feature 0, over all routers and all `tokens` ([batch, length])."""
+    """f of the proof above: the least share of |h|² in feature 0, over all routers and all `tokens` ([batch,
+    length])."""
     shares: list[float] = []
 
     def measure(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -160,7 +163,7 @@ def make(directory: str | Path, *, layers: int = 24, experts: int = 60, seed: in
     tokenizer.save_pretrained(directory)
     model.save_pretrained(directory)
     # Last: a directory that has this file is a whole checkpoint.
-    (directory / EXPECTED).write_text(json.dumps({str(layer): best for layer, best in expected.items()}, indent=1) + "\n")
+    (directory / EXPECTED).write_text(json.dumps(expected, indent=1) + "\n")
     return expected
 
 

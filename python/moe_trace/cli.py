@@ -1,7 +1,8 @@
 """The command `moe-native`: summaries, pictures and exports of traces, and what is wrong with a set-up.
 
-Exit codes, of every command: 0 whole, 1 failed (one line on stderr says why), 2 usage, 3 lossy: the command did its work, but the trace has losses,
-damage or layers that were missed (for `doctor`: 0 nothing is wrong, 1 there is a problem).
+Exit codes, of every command: 0 whole; 1 failed, and one line on stderr says why; 2 usage; 3 lossy: the command did its
+work, but the trace has losses, damage or layers that were missed. Of `doctor`: 0 nothing is wrong, 1 there is a
+problem. Whoever stops reading our output (`| head`) gets 141, and an interrupt 130, as shells have it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class UsageError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. `argv` are the arguments without the program's name; sys.argv's unless given."""
+    """Run one command and return its exit code. `argv`: the arguments without the program's name; None: sys.argv's."""
     try:
         args = _parser().parse_args(argv)
     except SystemExit as done:  # argparse has printed what there is to say
@@ -48,3 +49,249 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except (TraceError, OSError, ValueError, MemoryError) as error:
         return _fail(str(error) or type(error).__name__, FAILED)
+
+
+def _summary(args: argparse.Namespace) -> int:
+    """Which experts each layer chose, how evenly, and what was lost. Reads block statistics, no rows."""
+    from moe_trace import show, summary
+
+    trace = _open(args)
+    of, _ = summary.summarize(trace, _select(trace, args), _asked(args))
+    if args.json:
+        _print_json(of)
+    else:
+        show.summary(show.console(), of)
+    return _verdict(trace)
+
+
+def _info(args: argparse.Namespace) -> int:
+    """What a trace consists of: model, runs, ranks, segments, sizes, bytes per row, fields, times, versions."""
+    from moe_trace import info, show
+
+    trace = _open(args)
+    of = info.describe(trace)
+    if args.json:
+        _print_json(of)
+    else:
+        show.info(show.console(), of)
+    return _verdict(trace)
+
+
+def _plot(args: argparse.Namespace) -> int:
+    """Draw the histogram of expert usage: of one layer, or of all (or several) layers with a map of each."""
+    from moe_trace import plots, summary
+
+    try:
+        plots.ending_of(args.output)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    trace = _open(args)
+    of, counts = summary.summarize(trace, _select(trace, args), _asked(args))
+    drawn = [(layer, c) for layer, c in zip(of["layers"], counts, strict=True) if layer["assignments"]]
+    if not drawn:
+        return _fail(f"there is nothing to draw: no rows. See what is there: moe-native summary {args.trace}", FAILED)
+    model = of["model"] or Path(of["path"]).name
+    note = _note(of, args)
+    if len(drawn) == 1:
+        layer, c = drawn[0]
+        evenness = "" if layer["normalized_entropy"] is None else f" · entropy {layer['normalized_entropy']:.4f}"
+        note = f"{layer['rows']:,} rows{note}{evenness} · max/mean {layer['imbalance']:.2f}"
+        figure = plots.expert_histogram(c, title=f"{model} · layer {layer['layer']}", note=note)
+    else:
+        layers = [layer["layer"] for layer, _ in drawn]
+        rows = sorted({layer["rows"] for layer, _ in drawn})
+        each = f"{rows[0]:,}" if len(rows) == 1 else f"{rows[0]:,} to {rows[-1]:,}"
+        figure = plots.layers_histogram(
+            layers,
+            [c for _, c in drawn],
+            title=f"{model} · {len(layers)} layers",
+            note=f"{each} rows a layer{note}",
+        )
+    plots.save(figure, args.output)
+    print(args.output)
+    return _verdict(trace)
+
+
+def _note(of: dict[str, Any], args: argparse.Namespace) -> str:
+    """What a picture has to say beside its rows: how they were selected, and that some are missing."""
+    note = f" · {args.phase} only" if args.phase else ""
+    note += f" · since {args.since}" if args.since else ""
+    missed = len(of["coverage"]["missed"])
+    note += f" · {missed} layers missed" if missed else ""
+    return note + (" · with losses" if of["losses"] or of["problems"] else "")
+
+
+def _export(args: argparse.Namespace) -> int:
+    """Write a line of JSON for each token and layer, after a first line that describes the model."""
+    from moe_trace import export, show
+
+    trace = _open(args)
+    selection = _select(trace, args)
+    if args.request:
+        selection = selection.request(*args.request)
+    problems: list[str] = []
+    total = selection.rows if sys.stderr.isatty() else None
+    with _output(args.output) as out, show.progress("exporting", total) as advance:
+        for lines, rows in export.jsonl(trace, selection, problems):
+            out.write(lines)
+            advance(rows)
+    for problem in problems:
+        _fail(problem, LOSSY)
+    return LOSSY if problems else _verdict(trace)
+
+
+def _recover(args: argparse.Namespace) -> int:
+    """Fold what crashed processes left in memory into their segments, and close those. It may be repeated, and rings
+    of living processes are left alone. Reading needs no recovery, every command sees such rings: it frees their memory.
+    """
+    import moe_trace
+
+    print(moe_trace.recover(args.trace))
+    return _verdict(_open(args))
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    """Say why nothing would be, or was, recorded: this environment, vLLM's plugins, the settings, the room there is,
+    and, of a trace, what is missing from it. Exit code 1 if there is a problem."""
+    from moe_trace import doctor, show
+
+    out = show.console()
+    worst = WHOLE
+    for finding in doctor.examine(args.trace):
+        show.finding(out, finding.status, finding.what, finding.todo)
+        worst = FAILED if finding.status == "problem" else worst
+    return worst
+
+
+def _open(args: argparse.Namespace) -> Trace:
+    import moe_trace
+
+    return moe_trace.open(args.trace)
+
+
+def _verdict(trace: Trace) -> int:
+    return WHOLE if trace.complete else LOSSY
+
+
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    return {"layers": args.layer, "phase": args.phase, "since": args.since}
+
+
+def _select(trace: Trace, args: argparse.Namespace) -> Selection:
+    """The part of the trace that --layer, --phase and --since name."""
+    from moe_trace.show import ranges
+
+    selection: Selection = trace
+    if args.layer is not None:
+        ledger = {entry.layer: entry for entry in trace.layers}
+        for layer in set(args.layer) - set(trace.recorded_layers):
+            if layer in ledger:
+                reason = f": {ledger[layer].detail}" if ledger[layer].detail else ""
+                raise UsageError(f"layer {layer} was {ledger[layer].status}{reason}")
+            raise UsageError(f"layer {layer} is not in this trace, which has {ranges(trace.recorded_layers) or 'none'}")
+        selection = selection.layer(args.layer)
+    if args.phase is not None:
+        selection = selection.phase(args.phase)
+    if args.since is not None:
+        try:
+            selection = selection.since(args.since)
+        except ValueError as error:
+            raise UsageError(f"--since {args.since}: {error}") from None
+    return selection
+
+
+def _print_json(of: dict[str, Any]) -> None:
+    print(json.dumps(of, indent=2, allow_nan=False))
+
+
+@contextmanager
+def _output(name: str) -> Iterator[IO[str]]:
+    """A text file that has its name only once it is whole; `-` is stdout; a device or a pipe is written as it is."""
+    if name == "-":
+        yield sys.stdout
+        return
+    path = Path(name)
+    if path.exists() and not path.is_file():
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+        return
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("x", encoding="utf-8") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moe-native",
+        description="Read Mixture-of-Experts routing that moe_native recorded.",
+        epilog="Exit codes: 0 whole, 1 failed, 2 usage, 3 lossy (the trace has losses, damage or missed layers).",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], what: str) -> argparse.ArgumentParser:
+        # `recover` and `doctor` do more than their one line says; their functions' docstrings are the rest of the help.
+        added = commands.add_parser(name, help=what, description=(run.__doc__ or "").strip())
+        added.set_defaults(run=run)
+        return added
+
+    summary = command("summary", _summary, "which experts each layer chose, how evenly, and what was lost")
+    info = command("info", _info, "what a trace consists of: model, runs, segments, sizes, fields, versions")
+    plot = command("plot", _plot, "draw the histogram of expert usage")
+    export = command("export", _export, "write rows in another format")
+    recover = command("recover", _recover, "fold what crashed processes left in memory into their segments")
+    doctor = command("doctor", _doctor, "why nothing would be, or was, recorded")
+
+    for of in (summary, info, plot, export, recover):
+        of.add_argument("trace", metavar="TRACE", help="a trace directory, a run or rank in it, or one segment file")
+    doctor.add_argument("trace", metavar="TRACE", nargs="?", help="a trace to look into as well")
+    for of in (summary, plot, export):
+        of.add_argument("--layer", type=_layers, metavar="N", help="only these layers: 12, or 0,4-7")
+        of.add_argument("--phase", choices=("prefill", "decode", "unknown"), help="only rows of this phase")
+        of.add_argument(
+            "--since",
+            metavar="WHEN",
+            help="only what is newer: 30s, 10m, 2h, 1d, or an ISO time such as 2026-11-21T10:15",
+        )
+    for of in (summary, info):
+        of.add_argument("--json", action="store_true", help="print one JSON object")
+    plot.add_argument(
+        "-o", "--output", default="expert_hist.png", metavar="FILE", help="PNG, SVG or PDF (expert_hist.png)"
+    )
+    export.add_argument("--format", choices=("jsonl",), default="jsonl", help="the format to write (jsonl)")
+    export.add_argument("-o", "--output", required=True, metavar="FILE", help="where to write; - for stdout")
+    export.add_argument(
+        "--request", action="append", metavar="ID", help="only rows of this request; may be given several times"
+    )
+    return parser
+
+
+def _layers(text: str) -> list[int]:
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            low, high = int(first), int(last if dash else first)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} are no layers: write 12, or 0,4-7") from None
+        if not 0 <= low <= high <= 65534:
+            raise argparse.ArgumentTypeError(f"{part.strip()!r} is no range of layers from 0 to 65534")
+        layers.update(range(low, high + 1))
+    return sorted(layers)
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from moe_trace import __version__
+
+        print(f"moe-native {__version__}")
+        parser.exit()
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"moe-native: {' '.join(message.split())}", file=sys.stderr)
+    return code

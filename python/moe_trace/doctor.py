@@ -18,11 +18,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_trace import settings
+from moe_trace.errors import TraceError
+from moe_trace.ring import Ring
+from moe_trace.show import ranges
+from moe_trace.trace import Trace
+from moe_trace.trace import open as open_trace
+from moe_trace.units import format_bytes, parse_bytes
 
 PLUGIN_GROUP, PLUGIN_NAME = "vllm.general_plugins", "moe_native"
 PROBE_SECONDS = 180  # importing torch from a cold disk can take a minute
 
-# Runs with -P: a checkout of the sources in the current directory must not hide the package that a server would import.
+# -P: a checkout of the sources in the current directory must not hide the package that a server would import.
+PYTHON = (sys.executable, "-P")
 PROBE = """
 import json
 found = {}
@@ -34,15 +41,31 @@ try:
     found["where"] = str(moe_native.__file__)
     import moe_native.ops
     found["op"] = str(torch.ops.moe_native.record)
+    import os
+    import moe_native.config
+    try:
+        moe_native.config.Config.parse(os.environ)
+    except moe_native.config.ConfigError as error:
+        found["settings"] = str(error)
 except BaseException as error:
     found["error"] = f"{type(error).__name__}: {error}"
 print("\\n" + json.dumps(found))
 """
 
+REMEDIES = {
+    "ring_full": "raise MOE_NATIVE_RING_BYTES, or set MOE_NATIVE_OVERFLOW=block so that the model waits",
+    "too_large": "raise MOE_NATIVE_RING_BYTES: half of it should hold the largest step",
+    "aborted": "the model's forward pass raised: its own log says why",
+    "bad_input": "a router gave tensors of an unusable shape or dtype: the recorder's log names the layer",
+    "no_lane": "more threads recorded at once than the ring has lanes: raise the recorder's lanes",
+    "incomplete": "a step ended before all of its layers were recorded whole: the recorder's log names them",
+    "io_error": "the trace could not be written: look for room and permissions in its directory",
+}
+
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: how it stands, what was found, and what to do about it (empty where nothing is to be done)."""
+    """One line of the report: how it stands, what was found, and what to do about it (empty for nothing)."""
 
     status: Literal["ok", "warning", "problem"]
     what: str
@@ -57,12 +80,13 @@ def examine(trace: str | Path | None = None, environment: Mapping[str, str] | No
     yield from check_settings(env)
     yield from check_trace_directory(env)
     yield from check_ring_directory(env)
+    yield from check_rings(env)
     if trace is not None:
         yield from check_trace(trace)
 
 
 def check_package(env: Mapping[str, str]) -> Iterator[Finding]:
-    """Is the recording half importable here, with which torch, and does its extension load?"""
+    """Is the recording half importable here, with which torch, does its op load, and can it use the settings?"""
     found = _probe(env)
     error = found.get("error", "")
     if "torch" not in found:
@@ -85,6 +109,8 @@ def check_package(env: Mapping[str, str]) -> Iterator[Finding]:
         )
     else:
         yield Finding("ok", f"moe_native {found['moe_native']} records with torch {found['torch']} ({found['where']})")
+    if "settings" in found:
+        yield Finding("problem", found["settings"], "recording stays off until it is right")
 
 
 def check_vllm(env: Mapping[str, str]) -> Iterator[Finding]:
@@ -122,16 +148,11 @@ def check_vllm(env: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def check_settings(env: Mapping[str, str]) -> Iterator[Finding]:
-    """Are there variables that look like ours and are not, and sizes that are none?"""
+    """Which settings are there, and which variables look like ours and are not?"""
     strange = settings.unknown(env)
     for name, near in strange.items():
         todo = f"did you mean {near}?" if near else "the settings are listed in the README; remove it"
         yield Finding("warning", f"{name} is set, but is no setting of moe_native: it has no effect", todo)
-    for name in ("MOE_NATIVE_MAX_BYTES", "MOE_NATIVE_RING_BYTES"):
-        try:
-            settings.parse_bytes(env.get(name) or "0")
-        except ValueError as error:
-            yield Finding("problem", f"{name}: {error}", "recording stays off until it is right")
     ours = sorted(setting.name for setting in settings.SETTINGS if env.get(setting.name))
     if ours and not strange:
         yield Finding("ok", f"settings: {', '.join(f'{name}={env[name]}' for name in ours)}")
@@ -147,7 +168,7 @@ def check_trace_directory(env: Mapping[str, str]) -> Iterator[Finding]:
             "set MOE_NATIVE_TRACE=DIR, or moe_native in vLLM's --additional-config",
         )
         return
-    directory = Path(name)
+    directory = Path(name).expanduser()
     if directory.exists() and not directory.is_dir():
         yield Finding("problem", f"MOE_NATIVE_TRACE={name} is a file", "name a directory; it is made when missing")
         return
@@ -158,26 +179,30 @@ def check_trace_directory(env: Mapping[str, str]) -> Iterator[Finding]:
         )
         return
     free, kind = shutil.disk_usage(standing).free, _file_system(standing)
-    yield Finding("ok", f"MOE_NATIVE_TRACE={name} can be written ({kind}, {_size(free)} free)")
+    yield Finding("ok", f"MOE_NATIVE_TRACE={name} can be written ({kind}, {format_bytes(free)} free)")
     if kind in ("tmpfs", "ramfs"):
         yield Finding("warning", f"{name} lies in memory ({kind})", "a restart loses it: choose a directory on a disk")
     elif kind == "overlay":
-        yield Finding("warning", f"{name} lies in a container's own layer", "mount a volume: it goes with the container")
+        yield Finding(
+            "warning", f"{name} lies in a container's own layer", "mount a volume: it goes with the container"
+        )
     limit = _bytes(env, "MOE_NATIVE_MAX_BYTES")
     if limit and limit > free:
         yield Finding(
             "warning",
-            f"MOE_NATIVE_MAX_BYTES allows {_size(limit)}, but {_size(free)} are free",
+            f"MOE_NATIVE_MAX_BYTES allows {format_bytes(limit)}, but {format_bytes(free)} are free",
             "a full disk stops recording (counted as io_error): lower the limit or make room",
         )
     elif not limit and free < 1 << 30:
-        yield Finding("warning", f"only {_size(free)} are free for the trace", "set MOE_NATIVE_MAX_BYTES, or make room")
+        yield Finding(
+            "warning", f"only {format_bytes(free)} are free for the trace", "set MOE_NATIVE_MAX_BYTES, or make room"
+        )
 
 
 def check_ring_directory(env: Mapping[str, str]) -> Iterator[Finding]:
     """Is there room for the ring where it shall lie?"""
     named = env.get("MOE_NATIVE_RING_DIR", "")
-    directory = Path(named or settings.default("MOE_NATIVE_RING_DIR"))
+    directory = Path(named or settings.default("MOE_NATIVE_RING_DIR")).expanduser()
     fallback = "without it the ring lies in the trace's own directory, where writes can stall on the disk"
     if not directory.is_dir() or not os.access(directory, os.W_OK | os.X_OK):
         yield Finding(
@@ -186,9 +211,9 @@ def check_ring_directory(env: Mapping[str, str]) -> Iterator[Finding]:
             f"set MOE_NATIVE_RING_DIR to one on tmpfs; {fallback}",
         )
         return
-    need = _bytes(env, "MOE_NATIVE_RING_BYTES") or settings.parse_bytes(settings.default("MOE_NATIVE_RING_BYTES"))
+    need = _bytes(env, "MOE_NATIVE_RING_BYTES") or parse_bytes(settings.default("MOE_NATIVE_RING_BYTES"))
     free, kind = shutil.disk_usage(directory).free, _file_system(directory)
-    room = f"{_size(free)} free, a ring takes {_size(need)} for each recording process"
+    room = f"{format_bytes(free)} free, a ring takes {format_bytes(need)} for each recording process"
     if free < need:
         yield Finding(
             "warning",
@@ -201,16 +226,93 @@ def check_ring_directory(env: Mapping[str, str]) -> Iterator[Finding]:
         yield Finding("ok", f"the ring fits into {directory} ({kind}, {room})")
 
 
+def check_rings(env: Mapping[str, str]) -> Iterator[Finding]:
+    """Are there rings of processes that died, which hold memory and perhaps rows?"""
+    directory = Path(env.get("MOE_NATIVE_RING_DIR") or settings.default("MOE_NATIVE_RING_DIR")).expanduser()
+    try:
+        mapped = Path("/proc/self/maps").read_text()
+        paths = [path for path in sorted(directory.glob("moe-native-*.ring")) if os.access(path, os.R_OK)]
+    except OSError:
+        return
+    for path in paths:
+        if str(path) in mapped:  # our own: closing a second descriptor of it would give up the lock that says it lives
+            continue
+        try:
+            ring = Ring(path)
+            with path.open("rb") as file:
+                rank = Path(os.fsdecode(os.pread(file.fileno(), 2048, 2048).split(b"\0")[0]))
+            size = path.stat().st_size
+        except (OSError, TraceError):
+            continue  # gone meanwhile, or not one of ours
+        if not ring.owned:
+            todo = f"moe-native recover {rank}" if (rank / "rank.json").exists() else f"its trace is gone: rm {path}"
+            yield Finding("warning", f"{path} ({format_bytes(size)} of memory) was left by a process that died", todo)
+
+
 def check_trace(path: str | Path) -> Iterator[Finding]:
     """What is missing from a trace that was recorded, and why."""
-    raise NotImplementedError
+    try:
+        trace = open_trace(path)
+        stats = trace.stats()
+    except TraceError as error:
+        yield Finding("problem", str(error), "the lines above say what keeps a recorder from writing")
+        return
+    rows = max((of_layer.rows for of_layer in stats.values()), default=0)
+    yield from _check_coverage(trace)
+    if rows:
+        yield Finding("ok", f"{path}: {rows:,} rows in each layer at most, {trace.state}")
+    else:
+        yield Finding(
+            "problem",
+            f"{path}: no step was recorded",
+            f"was a request served? Warm-up is not recorded, and new rows show after {_flush_seconds()} seconds",
+        )
+    for cause, loss in trace.losses.items():
+        what = ", ".join(f"{n:,} {kind}" for kind, n in vars(loss).items() if n)
+        yield Finding("problem", f"lost {what}: {cause}", REMEDIES.get(cause, "see csrc/FORMAT.md, table losses"))
+    dead = [rank for rank in trace.ranks if rank.state == "crashed"]
+    for rank in dead:
+        yield Finding(
+            "warning", f"the process that wrote {rank.directory} died", f"moe-native recover {rank.directory}"
+        )
+    for problem in trace.problems:
+        yield Finding("problem", problem, "what is whole is read all the same; the summary counts what is there")
+    if not trace.losses and not trace.problems:
+        yield Finding("ok", f"{path}: nothing was lost")
+
+
+def _check_coverage(trace: Trace) -> Iterator[Finding]:
+    recorded = set(trace.recorded_layers)
+    by_reason: dict[str, list[int]] = {}
+    for entry in trace.layers:
+        if entry.status == "missed":
+            by_reason.setdefault(entry.detail or "no reason is given", []).append(entry.layer)
+    for reason, layers in by_reason.items():
+        yield Finding(
+            "problem",
+            f"layer {ranges(layers)} missed: {reason}",
+            "no row of it can be in this trace; other layers are not touched by it",
+        )
+    skipped = [entry.layer for entry in trace.layers if entry.status == "skipped"]
+    if skipped:
+        yield Finding("ok", f"layer {ranges(skipped)} not asked for (MOE_NATIVE_LAYERS)")
+    if recorded:
+        yield Finding("ok", f"layer {ranges(recorded)} recorded")
+    elif not by_reason:
+        yield Finding(
+            "problem", "the recorder found no MoE layer to record", "is it a Mixture-of-Experts model that was loaded?"
+        )
+
+
+def _flush_seconds() -> str:
+    return os.environ.get("MOE_NATIVE_FLUSH_SECONDS") or settings.default("MOE_NATIVE_FLUSH_SECONDS")
 
 
 def _probe(env: Mapping[str, str]) -> dict[str, Any]:
     """What moe_native says of itself, in a process of its own; an `error` where it could not say."""
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-c", PROBE],
+            [*PYTHON, "-c", PROBE],
             env=dict(env),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -236,9 +338,9 @@ def _version(distribution: str) -> str:
 
 
 def _bytes(env: Mapping[str, str], name: str) -> int:
-    """The size that a variable asks for; 0 where it is not set or, which check_settings reports, is none."""
+    """The size that a variable asks for; 0 where it is not set or, which check_package reports, is none."""
     try:
-        return settings.parse_bytes(env.get(name) or "0")
+        return parse_bytes(env.get(name) or "0")
     except ValueError:
         return 0
 
@@ -265,11 +367,3 @@ def _file_system(path: Path) -> str:
         if path.is_relative_to(point) and len(point.parts) >= best:
             best, kind = len(point.parts), rest.split()[0]
     return kind
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} TiB"

@@ -8,23 +8,59 @@ and then there is a line for each token and layer, in the order of execution, th
 
     {"type": "route", "req_id", "token_idx", "layer", "topk_ids", "topk_weights"}
 
-`token_idx` is the row's absolute position in its request. `topk_ids` are in the order in which the router gave them, which need
-not be descending, and `topk_weights` beside them, rounded to 4 decimals. What is not known is null: a key of the meta line, `req_id` of a row that
-belongs to no known request, `token_idx`, the weights where they were not recorded, or a weight that is not finite. An id that was no expert's is -1.
-`top_k` is a list, beside `layers_logged`, where layers differ.
+`token_idx` is the row's absolute position in its request. `topk_ids` are in the order in which the router gave them,
+which need not be descending, and `topk_weights` beside them, rounded to 4 decimals. What is not known is null: a key of
+the meta line, `req_id` of a row that belongs to no known request, `token_idx`, the weights where they were not
+recorded, or a weight that is not finite. An id that was no expert's is -1. `top_k` is a list, beside `layers_logged`,
+where layers differ.
+
+Rows are written as they were executed. A draft token that was rejected, or a position that was computed again, has its
+lines too; of several lines with one `req_id`, `token_idx` and `layer` the last one counts.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_trace.errors import DamagedTrace
+from moe_trace.format import IDS, WEIGHTS
+
+if TYPE_CHECKING:
+    from moe_trace import Selection, Trace
+
+Column = tuple[int, npt.NDArray[Any], npt.NDArray[Any] | None]  # a layer's index, ids and weights
+
 DECIMALS = 4
 LINES_AT_ONCE = 1 << 16  # lines in memory at a time, whatever the size of a block
+
+
+def jsonl(trace: Trace, selection: Selection, problems: list[str]) -> Iterator[tuple[str, int]]:
+    """The whole export of a selection, piece by piece: (text of whole lines, how many rows of the trace are done with).
+
+    Holds one block of the trace in memory. A block of which a needed part is damaged is left out, and a sentence that
+    says so is added to `problems`.
+    """
+    selected = set(selection.stats())
+    widths = {entry.layer: entry.top_k for entry in trace.layers if entry.layer in selected}
+    yield meta_line(trace.metadata, widths) + "\n", 0
+    for batch in selection.batches():
+        try:
+            columns = [(batch.column(IDS, layer), batch.column(WEIGHTS, layer)) for layer in batch.layers]
+            names, positions = batch.request_ids, batch.positions
+        except DamagedTrace as error:
+            problems.append(f"{batch.rows:,} rows are left out, their block is damaged: {error}")
+            continue
+        parts = [(layer, ids, weights) for layer, (ids, weights) in zip(batch.layers, columns, strict=True)]
+        lines = route_lines(names, positions, [(layer, ids, w) for layer, ids, w in parts if ids is not None])
+        while piece := "".join(f"{line}\n" for line in islice(lines, LINES_AT_ONCE)):
+            yield piece, 0
+        yield "", batch.rows
 
 
 def meta_line(metadata: Mapping[str, Any], layers: Mapping[int, int]) -> str:
@@ -47,53 +83,49 @@ def meta_line(metadata: Mapping[str, Any], layers: Mapping[int, int]) -> str:
 
 
 def route_lines(
-    layers: Sequence[int],
-    request_ids: Sequence[Any] | npt.NDArray[Any],
-    positions: npt.NDArray[np.int64],
-    ids: npt.NDArray[np.unsignedinteger[Any]],
-    weights: npt.NDArray[np.floating[Any]] | None,
+    request_ids: Sequence[Any] | npt.NDArray[Any], positions: npt.NDArray[np.int64], columns: Sequence[Column]
 ) -> Iterator[str]:
-    """The lines of a batch of rows.
+    """The lines of some rows.
 
-    request_ids: `[rows]`, None or empty for nobody's; positions: `[rows]`, negative for unknown; ids: uint8 or uint16
-    `[rows, layers, k]`, their largest value marking an invalid one; weights: of the same shape, or None.
+    request_ids: `[rows]`, None or empty for nobody's; positions: `[rows]`, negative for unknown; columns: for each
+    layer its index, its ids `[rows, k]` (uint8 or uint16, whose largest value marks an invalid one) and its weights,
+    of the same shape, or None.
     """
-    rows = len(positions)
     names = {request: _json(request) if request else "null" for request in set(request_ids)}
-    piece = max(1, LINES_AT_ONCE // max(len(layers), 1))
-    for first in range(0, rows, piece):
+    piece = max(1, LINES_AT_ONCE // max(len(columns), 1))
+    for first in range(0, len(positions), piece):
         part = slice(first, first + piece)
-        of_rows = zip(
-            (names[request] for request in request_ids[part]),
-            positions[part].tolist(),
-            _ids(ids[part]),
-            [[None] * len(layers)] * rows if weights is None else _weights(weights[part]),
-            strict=False,
-        )
-        for name, position, ids_of_row, weights_of_row in of_rows:
-            head = f'{{"type": "route", "req_id": {name}, "token_idx": {position if position >= 0 else "null"}, "layer": '
-            for layer, chosen, weight in zip(layers, ids_of_row, weights_of_row, strict=True):
-                listed = "null" if weight is None else weight
-                # The text of a list of Python ints or finite floats is JSON already, at a fifth of the cost of json.dumps.
-                yield f'{head}{layer}, "topk_ids": {chosen}, "topk_weights": {listed}}}'
+        heads = [
+            f'{{"type": "route", "req_id": {names[request]}, "token_idx": {at if at >= 0 else "null"}, "layer": '
+            for request, at in zip(request_ids[part], positions[part].tolist(), strict=True)
+        ]
+        of_layers = [
+            (f'{layer}, "topk_ids": ', _ids(ids[part]), _weights(weights, part, len(heads)))
+            for layer, ids, weights in columns
+        ]
+        for row, head in enumerate(heads):
+            for layer, ids_of_rows, weights_of_rows in of_layers:
+                # The text of a list of ints or finite floats is JSON already, at a fifth of the cost of json.dumps.
+                yield f'{head}{layer}{ids_of_rows[row]}, "topk_weights": {weights_of_rows[row]}}}'
 
 
-def _ids(ids: npt.NDArray[np.unsignedinteger[Any]]) -> list[list[list[int]]]:
+def _ids(ids: npt.NDArray[Any]) -> list[Any]:
     invalid = np.iinfo(ids.dtype).max
     signed = ids.astype(np.int32)
-    if (ids == invalid).any():
-        signed[ids == invalid] = -1
-    listed: list[list[list[int]]] = signed.tolist()
+    signed[ids == invalid] = -1
+    listed: list[Any] = signed.tolist()
     return listed
 
 
-def _weights(weights: npt.NDArray[np.floating[Any]]) -> list[list[Any]]:
-    rounded = np.round(weights.astype(np.float64), DECIMALS)
-    listed: list[list[Any]] = rounded.tolist()
+def _weights(weights: npt.NDArray[Any] | None, part: slice, rows: int) -> list[Any]:
+    if weights is None:
+        return ["null"] * rows
+    rounded = np.round(weights[part].astype(np.float64), DECIMALS)
+    listed: list[Any] = rounded.tolist()
     if np.isfinite(rounded).all():
         return listed
-    return [[_json([w if np.isfinite(w) else None for w in of_layer]) for of_layer in row] for row in listed]
+    return [_json([w if np.isfinite(w) else None for w in row]) for row in listed]
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value, allow_nan=False)

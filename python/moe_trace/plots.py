@@ -83,10 +83,15 @@ def layers_histogram(
 
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, SVG or PDF, by the ending of `path`. Raises ValueError for another ending."""
+    figure.savefig(path, format=ending_of(path))
+
+
+def ending_of(path: str | Path) -> str:
+    """The format that a file's name asks for. Raises ValueError where it is none of `FORMATS`."""
     ending = Path(path).suffix.lstrip(".").lower()
     if ending not in FORMATS:
         raise ValueError(f"cannot write {path}: give it one of the endings .{', .'.join(FORMATS)}")
-    figure.savefig(path, format=ending)
+    return ending
 
 
 def _figure(experts: int, height: float) -> Figure:
@@ -150,10 +155,11 @@ def _map(figure: Figure, axes: Axes, layers: Sequence[int], load: npt.NDArray[np
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     # The scale is logarithmic, so that half and twice the uniform load stand out alike and one heavy expert does not
-    # fade the rest. Zero is below any logarithmic scale: it is drawn as the colour of "under", black.
+    # fade the rest. Zero is below any logarithmic scale: it is drawn as the colour of "under", black, and nothing else
+    # is: a load below the scale, which is symmetric, has the colour of its lower end.
     most = max(float(np.nanmax(load)), 2.0)
     image = axes.imshow(
-        np.where(load == 0, 1e-12, load),
+        np.where(load == 0, 1e-12, np.maximum(load, 1 / most)),
         aspect="auto",
         interpolation="nearest",
         cmap=mpl.colormaps["PuOr_r"].with_extremes(bad="#DDDDDD", under="black"),
@@ -169,9 +175,9 @@ def _map(figure: Figure, axes: Axes, layers: Sequence[int], load: npt.NDArray[np
     axes.set_yticks(range(0, len(layers), step), [str(layers[i]) for i in range(0, len(layers), step)], fontsize=8)
     axes.set_ylabel("layer")
     axes.set_xlabel(f"expert   (dots: the {best.shape[1]} largest of each layer)" if best.shape[1] else "expert")
-    below = bool(((load > 0) & (load < 1 / most)).any() or (load == 0).any())
-    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=30, fraction=0.03, extend="min" if below else "neither")
-    bar.set_label("load / uniform load" + (" (black: none)" if (load == 0).any() else ""), fontsize=9)
+    dead = bool((load == 0).any())
+    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=30, fraction=0.03, extend="min" if dead else "neither")
+    bar.set_label("load / uniform load" + (" (black: none)" if dead else ""), fontsize=9)
     bar.ax.yaxis.set_major_locator(LogLocator(base=2 if most < 32 else 4))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:g}"))
     bar.minorticks_off()

@@ -1,15 +1,16 @@
 """The environment settings of moe_native: names, meanings and defaults, as plain data.
 
 This is the one table of them. `moe_native.config` parses the values, `moe-native doctor` reports unknown names, and the
-README's table is checked against it. It imports nothing but the standard library, so that both packages can use it.
+README's table is checked against it. It needs nothing but the standard library, so that both packages can use it.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
+
+from moe_trace.units import parse_bytes as parse_bytes  # how a setting that is a size is written
 
 
 class Setting(NamedTuple):
@@ -57,16 +58,3 @@ def unknown(environment: Mapping[str, str]) -> dict[str, str | None]:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         strange[name] = near[0] if near else None
     return strange
-
-
-def parse_bytes(text: str) -> int:
-    """A size as users write it, in bytes: `67108864`, `64MiB`, `2 GiB`, `500MB`, `1.5G`.
-
-    K, M, G and T are powers of 1000, with an `i` powers of 1024. Raises ValueError, with the forms that are understood, for anything else.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"{text!r} is not a size: write it as 67108864, 64MiB or 2GB")
-    number, unit, binary = match.groups()
-    power = "kmgt".index(unit.lower()) + 1 if unit else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)

@@ -17,8 +17,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moe_trace.units import format_bytes
+
 UNLIMITED = 100_000  # columns of a pipe: more than any table is wide
-NOTHING = "–"
+NOTHING = "-"
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would end the program with 1; the command line has a code of its own for it
 
 
 class Advance(Protocol):
@@ -31,8 +38,13 @@ def console(stream: IO[str] | None = None) -> Console:
     """A rich console for `stream` (stdout unless given), as wide as the data where nobody watches."""
     stream = stream or sys.stdout
     watched = stream.isatty()
-    return Console(
-        file=stream, width=None if watched else UNLIMITED, highlight=False, markup=False, emoji=False, soft_wrap=not watched
+    return _Console(
+        file=stream,
+        width=None if watched else UNLIMITED,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=not watched,
     )
 
 
@@ -65,6 +77,57 @@ def summary(out: Console, of: dict[str, Any]) -> None:
         out.print(line)
 
 
+def info(out: Console, of: dict[str, Any]) -> None:
+    """Print the object of `moe_trace.info`."""
+    _heading(out, of)
+    out.print()
+    facts = [
+        ("recorded", ", ".join(f"{name} ({dtype})" for name, dtype in of["recorded"].items()) or "no rows"),
+        ("rows", f"{of['rows']:,} in {_count(of['steps'], 'step')}; {of['layer_rows']:,} rows of layers"),
+        ("requests", f"{of['requests']:,}"),
+    ]
+    each = of["bytes_per_layer_row"]
+    facts.append(
+        ("size", format_bytes(of["bytes"]) + ("" if each is None else f", {each:.2f} bytes for each row of a layer"))
+    )
+    for key, value in of["metadata"].items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {_flat(item)}" for name, item in value.items())
+        facts.append((key, _flat(value)))
+    width = max(len(_clean(name)) for name, _ in facts)
+    for name, value in facts:
+        out.print(_line(f"{_clean(name):<{width}}  {value}"))
+    out.print()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("run", "rank", "segment"):
+        table.add_column(name, overflow="fold")
+    for name in ("size", "blocks", "steps", "rows"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("state")
+    for rank in of["rank_list"]:
+        for segment in rank["segments"] or [None]:
+            cells = [_clean(rank["run"]), _clean(rank["rank"])]
+            if segment is None:
+                table.add_row(*cells, *[NOTHING] * 5, rank["state"])
+                continue
+            numbers = [f"{segment[key]:,}" for key in ("blocks", "steps", "rows")]
+            state = "closed" if segment["closed"] else {"live": "being written"}.get(rank["state"], "not closed")
+            table.add_row(*cells, segment["file"], format_bytes(segment["bytes"]), *numbers, state)
+    out.print(table)
+    out.print()
+    for line in _losses_and_coverage(of):
+        out.print(line)
+
+
+def finding(out: Console, status: str, what: str, todo: str) -> None:
+    """Print one line of the doctor's report, and below it what to do."""
+    colour = {"ok": "green", "warning": "yellow", "problem": "red"}[status]
+    text = Text(f"{status:<8}", style=colour).append(f" {_clean(what)}", style="default")
+    out.print(text)
+    if todo:
+        out.print(_line(f"         → {todo}", "dim"))
+
+
 def _heading(out: Console, of: dict[str, Any]) -> None:
     state = {"closed": "closed", "live": "live: being recorded", "crashed": "crashed: the recording process died"}
     colour = "green" if of["complete"] else "yellow"
@@ -72,9 +135,10 @@ def _heading(out: Console, of: dict[str, Any]) -> None:
     head.append(f"   {state.get(of['state'], of['state'])}, {'whole' if of['complete'] else 'not whole'}", style=colour)
     out.print(head)
     parts = [_clean(of["model"])] if of["model"] else []
-    shapes = {(layer["experts"], layer["top_k"]) for layer in of["layers"]}
-    parts.append(_count(len(of["layers"]), "layer"))
-    parts += [f"{experts} experts, top-{k}" for experts, k in sorted(shapes)[:3]]
+    if "layers" in of:
+        shapes = {(layer["experts"], layer["top_k"] or 0) for layer in of["layers"]}
+        parts.append(_count(len(of["layers"]), "layer"))
+        parts += [f"{experts} experts" + (f", top-{k}" if k else "") for experts, k in sorted(shapes)[:3]]
     parts.append(f"{_count(of['runs'], 'run')}, {_count(of['ranks'], 'rank')}")
     if of["first_time"]:
         parts.append(f"{_moment(of['first_time'])} to {_moment(of['last_time'])} UTC")
@@ -115,13 +179,11 @@ def _over_all(whole: dict[str, Any], layers: int) -> Iterator[Text]:
     yield _line("")
     yield _line(f"over all layers: {whole['rows']:,} rows, {whole['assignments']:,} assignments", "bold")
     if entropy["mean"] is not None:
-        yield _line(
-            f"  normalised entropy   mean {entropy['mean']:.4f}, lowest {entropy['min']:.4f} (layer {entropy['min_layer']})"
-        )
+        lowest = f"lowest {entropy['min']:.4f} (layer {entropy['min_layer']})"
+        yield _line(f"  normalised entropy   mean {entropy['mean']:.4f}, {lowest}")
     if imbalance["mean"] is not None:
-        yield _line(
-            f"  max/mean             mean {imbalance['mean']:.2f}, highest {imbalance['max']:.2f} (layer {imbalance['max_layer']})"
-        )
+        highest = f"highest {imbalance['max']:.2f} (layer {imbalance['max_layer']})"
+        yield _line(f"  max/mean             mean {imbalance['mean']:.2f}, {highest}")
     yield _line(f"  dead experts         {whole['dead_experts']:,} of {whole['experts']:,}")
     if whole["invalid"]:
         yield _line(f"  invalid ids          {whole['invalid']:,}", "yellow")
@@ -164,15 +226,6 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
 
 
-def size(count: float) -> str:
-    """A number of bytes for a person: 23.5 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1024
-    return f"{count:.3g} TiB"
-
-
 def _line(text: str, style: str = "") -> Text:
     return Text(_clean(text), style=style)
 
@@ -184,6 +237,10 @@ def _clean(text: Any) -> str:
 
 def _plain(value: Any) -> str:
     return ranges(value) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+
+
+def _flat(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else NOTHING if value is None else str(value)
 
 
 def _count(number: int, noun: str) -> str:

@@ -16,8 +16,8 @@ The object (`"format": "moe-native summary"`, `"version": 1`; later versions may
 | `layers` | list, an object for each layer that was recorded and selected; below |
 | `all` | over these layers; below |
 
-A layer: `layer`, `name`, `experts`, `top_k`, `status`; `rows` (tokens), `assignments` (the sum of the counts), `invalid`
-(ids that were no expert's), `top` (the most chosen: a list of `{"expert", "count", "share"}`), and, as
+A layer: `layer`, `name`, `experts`, `top_k`, `status`; `rows` (tokens), `assignments` (the sum of the counts),
+`invalid` (ids that were no expert's), `top` (the most chosen: a list of `{"expert", "count", "share"}`), and, as
 `moe_trace.metrics` defines them, `normalized_entropy`, `effective_experts`, `imbalance` (max/mean) and `dead_experts`;
 null where a ratio has no value, as in a layer without rows.
 
@@ -29,16 +29,80 @@ and `imbalance` `{"mean", "max", "max_layer"}`, where the mean is unweighted, ov
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_trace import metrics
 
+if TYPE_CHECKING:
+    from moe_trace import Selection, Trace
+
 TOP = 3
 STATUSES = ("exact", "derived", "missed", "skipped")
+
+
+def summarize(
+    trace: Trace, selection: Selection, asked: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[npt.NDArray[np.int64]]]:
+    """The object above for one selection of a trace, and beside its `layers` their counts, each int64 `[experts]`.
+
+    asked: what the user selected by, for the key `selection`. Block statistics are all that is read, unless the
+    selection cuts through blocks (by time or request).
+    """
+    stats = selection.stats()
+    ledger = {entry.layer: entry for entry in trace.layers}
+    layers: list[dict[str, Any]] = []
+    counts: list[npt.NDArray[np.int64]] = []
+    for layer in sorted(stats):
+        numbers, entry = stats[layer], ledger.get(layer)
+        layers.append(
+            {
+                "layer": layer,
+                "name": entry.name if entry else "",
+                "experts": len(numbers.counts),
+                "top_k": entry.top_k or None if entry else None,
+                "status": entry.status if entry else "exact",
+                **of_layer(numbers.counts, numbers.rows, numbers.invalid),
+            }
+        )
+        counts.append(numbers.counts)
+    whole = {
+        "format": "moe-native summary",
+        "version": 1,
+        "path": str(trace.path),
+        "model": trace.metadata.get("model"),
+        **standing(trace),
+        "selection": {"layers": None, "phase": None, "since": None, **asked},
+        "layers": layers,
+        "all": of_all(layers, counts),
+    }
+    return whole, counts
+
+
+def standing(trace: Trace) -> dict[str, Any]:
+    """How whole a trace is: the keys `state` to `last_time` of the object above."""
+    coverage: dict[str, list[dict[str, Any]]] = {status: [] for status in STATUSES}
+    for entry in sorted(trace.layers, key=lambda entry: entry.layer):
+        item = {"layer": entry.layer, "name": entry.name, "detail": entry.detail}
+        coverage.setdefault(entry.status, []).append(item)
+    return {
+        "state": trace.state,
+        "complete": trace.complete,
+        "losses": [
+            {"cause": cause, "steps": loss.steps, "layers": loss.layers, "rows": loss.rows}
+            for cause, loss in trace.losses.items()
+        ],
+        "problems": list(trace.problems),
+        "coverage": coverage,
+        "runs": len(trace.runs),
+        "ranks": len(trace.ranks),
+        "first_time": _iso(trace.first_time),
+        "last_time": _iso(trace.last_time),
+    }
 
 
 def of_layer(counts: npt.NDArray[np.int64], rows: int, invalid: int) -> dict[str, Any]:

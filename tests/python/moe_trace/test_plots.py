@@ -82,14 +82,16 @@ def test_labels_stay_apart_and_inside(experts, heavy):
 
 def test_layers_show_the_mean_share_and_each_layer():
     counts = np.random.default_rng(1).integers(0, 50, size=(3, 8))
-    counts[0, 0] = 0
+    counts[0, 0], counts[1, 1] = 0, 1
     figure = plots.layers_histogram([3, 5, 9], counts, title="m")
     above, below, _colours = figure.axes
     share = counts / counts.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(bars(above), share.mean(axis=0))
     drawn = below.images[0].get_array()
-    np.testing.assert_allclose(np.where(share == 0, 0, drawn), share * 8)
-    assert drawn[0, 0] < below.images[0].norm.vmin, "a dead expert must have the colour below the scale"
+    lowest = below.images[0].norm.vmin
+    np.testing.assert_allclose(np.where(share == 0, 0, drawn), np.where(share == 0, 0, np.maximum(share * 8, lowest)))
+    assert (drawn[share == 0] < lowest).all() and (drawn[share > 0] >= lowest).all(), "black means: never chosen"
+    assert 0 < share[1, 1] * 8 < lowest, "this layer is to have a load below the scale"
     assert [label.get_text() for label in below.get_yticklabels()] == ["3", "5", "9"]
     dots = {tuple(map(int, xy)) for xy in below.collections[0].get_offsets()}
     assert dots == {(int(e), row) for row in range(3) for e in np.argsort(-counts[row], kind="stable")[:3]}

@@ -1,0 +1,162 @@
+"""The settings of a recording, from `MOE_NATIVE_*` variables and from `moe_native` in vLLM's additional config.
+
+The additional config wins, key by key: it names one engine, the environment is everybody's. `moe_trace.settings` has
+the table of names, meanings and defaults; this file gives them types.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_trace import settings
+
+FIELDS = ("ids", "weights", "logits", "hidden", "tokens")
+_LAYER_LIMIT = 0xFFFF
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used. The message names it, its value, and what would be right."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to record and where. `trace` is None when nothing is to be recorded."""
+
+    trace: Path | None = None
+    fields: tuple[str, ...] = ("ids", "weights")
+    layers: tuple[int, ...] | None = None  # the model's own indices; None: all
+    max_bytes: int | None = None
+    ring_bytes: int = 64 << 20
+    ring_dir: Path | None = None
+    overflow: str = "drop"
+    weights_dtype: str = "float16"
+    flush_seconds: float = 10.0
+
+    @classmethod
+    def parse(cls, environment: Mapping[str, str], overrides: Mapping[str, Any] | None = None) -> Config:
+        """Settings from the environment's `MOE_NATIVE_*` variables, with `overrides` (keys as in `settings.SETTINGS`)
+        on top.
+
+        A value that is empty or None counts as not set. Overrides may be strings, as in the environment, or the
+        natural JSON
+        types: numbers for sizes and seconds, lists for fields and layers.
+
+        Raises:
+            ConfigError: a value is not usable, or a key of `overrides` is not a setting.
+        """
+        overrides = overrides or {}
+        keys = [setting.key for setting in settings.SETTINGS]
+        for key in overrides:
+            if key not in keys:
+                near = difflib.get_close_matches(str(key), keys, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"the settings are {', '.join(keys)}"
+                raise ConfigError(f"{key!r} under moe_native in the additional config is not a setting: {hint}")
+        values: dict[str, Any] = {}
+        for setting in settings.SETTINGS:
+            given, where = overrides.get(setting.key), f"{setting.key!r} under moe_native in the additional config"
+            if setting.key not in overrides:
+                given, where = environment.get(setting.name), setting.name
+            if given is None or given is False or given == "":
+                continue
+            try:
+                values[setting.key] = _PARSERS[setting.key](given)
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"{where} is {given!r}: {error}") from None
+        return cls(**values)
+
+    def recorder_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `moe_native.Recorder`, its path left out."""
+        return {
+            "fields": self.fields,
+            "layers": self.layers,
+            "max_bytes": self.max_bytes,
+            "ring_bytes": self.ring_bytes,
+            "ring_dir": self.ring_dir,
+            "overflow": self.overflow,
+            "weights_dtype": self.weights_dtype,
+            "flush_seconds": self.flush_seconds,
+        }
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, Sequence):
+        return list(value)
+    return [value]
+
+
+def _path(value: Any) -> Path:
+    if not isinstance(value, str):
+        raise ValueError("it must be a directory's name")
+    return Path(value).expanduser()
+
+
+def _fields(value: Any) -> tuple[str, ...]:
+    names = [str(part).lower() for part in _parts(value)]
+    for name in names:
+        if name not in FIELDS:
+            raise ValueError(f"{name!r} is not a field; use some of {', '.join(FIELDS)}")
+    return tuple(name for name in FIELDS if name in names or name == "ids")
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    layers: set[int] = set()
+    for part in _parts(value):
+        first, dash, last = str(part).partition("-")
+        if isinstance(part, bool) or not first.strip().isdigit() or (dash and not last.strip().isdigit()):
+            raise ValueError(f"{part!r} is not a layer or a range of layers; write them as in 0,4-7")
+        low, high = int(first), int(last) if dash else int(first)
+        if low > high or high >= _LAYER_LIMIT:
+            raise ValueError(f"{part!r} is not a range of layers between 0 and {_LAYER_LIMIT - 1}")
+        layers.update(range(low, high + 1))
+    if not layers:
+        raise ValueError("no layer is named; leave it unset to record all")
+    return tuple(sorted(layers))
+
+
+def _bytes(least: int) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        size = value if isinstance(value, int) and not isinstance(value, bool) else settings.parse_bytes(str(value))
+        if size < least:
+            raise ValueError(f"at least {least >> 20} MiB is needed")
+        return size
+
+    return parse
+
+
+def _choice(*choices: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        name = str(value).lower()
+        if name not in choices:
+            raise ValueError(f"use {' or '.join(choices)}")
+        return name
+
+    return parse
+
+
+def _seconds(value: Any) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = 0.0
+    if not 0 < seconds <= 86400:
+        raise ValueError("it must be a number of seconds above 0, and not more than a day")
+    return seconds
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "trace": _path,
+    "fields": _fields,
+    "layers": _layers,
+    "max_bytes": _bytes(1 << 20),
+    "ring_bytes": _bytes(1 << 20),
+    "ring_dir": _path,
+    "overflow": _choice("drop", "block"),
+    "weights_dtype": _choice("float16", "exact"),
+    "flush_seconds": _seconds,
+}

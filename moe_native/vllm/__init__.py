@@ -1,0 +1,2 @@
+"""Recording inside vLLM: `plugin` is the entry point, `worker` follows one worker's life, `routers` hooks the model,
+`steps` says whose row is whose."""

@@ -1,0 +1,208 @@
+"""One vLLM worker that records: from its making to its shutdown.
+
+    made            the compile cache's key is salted: no graph without the op may be reused
+    load_model      right after it, the routers are bound and the ring takes its memory, before the KV cache takes the
+    rest warm-up         profiling, compiling and warm-up run the routers too; no step is open, so the op does nothing
+    execute_model   from the first one after compile_or_warm_up_model: a step around each shutdown        the trace is
+    closed
+
+Whatever goes wrong here is caught, counted, said once in the log, and the engine serves on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from moe_native.config import Config, ConfigError
+from moe_native.vllm.plugin import KEY
+
+if TYPE_CHECKING:
+    from moe_native.recorder import Recorder
+    from moe_native.vllm.steps import Steps
+
+log = logging.getLogger("moe_native")
+
+# Bindings of the workers that record in this process: the next worker's start behind them.
+_bindings_in_use = 0
+
+
+def follow(worker: Any) -> None:
+    """Make `worker`, which has just been made, record if its settings say so. Never raises."""
+    try:
+        config = Config.parse(os.environ, _take_settings(worker.vllm_config))
+        if config.trace is not None:
+            _log_where_vllm_logs()
+            WorkerRecording(worker, config)
+    except ConfigError as error:
+        log.error("moe_native: nothing is recorded: %s", error)
+    except Exception as error:
+        log.error("moe_native: nothing is recorded: %s: %s", type(error).__name__, error)
+
+
+def _log_where_vllm_logs() -> None:
+    """Our log goes to vLLM's handlers: it configures its own logger only, and what we say would not be seen otherwise."""
+    vllm_log = logging.getLogger("vllm")
+    if vllm_log.handlers and not log.handlers:
+        log.handlers, log.propagate = list(vllm_log.handlers), False
+        log.setLevel(vllm_log.getEffectiveLevel())
+
+
+def _take_settings(vllm_config: Any) -> Mapping[str, Any]:
+    """Our part of the additional config."""
+    additional = vllm_config.additional_config
+    ours = additional.get(KEY) if isinstance(additional, Mapping) else None
+    if ours is None or (isinstance(ours, Mapping) and "salt" in ours):  # the latter: ours, from a worker made before
+        return {}
+    if not isinstance(ours, Mapping):
+        raise ConfigError(f"moe_native in the additional config is {ours!r}, not an object such as {{'trace': 'DIR'}}")
+    return ours
+
+
+class WorkerRecording:
+    """Wraps four methods of one worker, on the instance."""
+
+    def __init__(self, worker: Any, config: Config) -> None:
+        self.worker = worker
+        self.config = config
+        self.recorder: Recorder | None = None
+        self.errors: dict[str, int] = {}
+        self._steps: Steps | None = None
+        self._armed = False
+        self._bound = 0
+        self._first_binding = _bindings_in_use
+        self._salt()
+        for name, wrapper in (
+            ("load_model", self._load_model),
+            ("compile_or_warm_up_model", self._compile_or_warm_up_model),
+            ("execute_model", self._execute_model),
+            ("shutdown", self._shutdown),
+        ):
+            setattr(worker, name, wrapper(getattr(worker, name)))
+
+    def _salt(self) -> None:
+        """Put the op's schema into the hash that names vLLM's compile cache. It must be there before the model is
+        loaded, because parts of a model copy the config then. The settings are taken out: a trace's path would make
+        every graph be compiled again."""
+        from moe_native import ops
+
+        vllm_config = self.worker.vllm_config
+        additional = vllm_config.additional_config
+        if not isinstance(additional, dict):
+            # A platform's own object, hashed in its own way.
+            kind = type(additional).__name__
+            raise ConfigError(f"the additional config is a {kind}, not a dict: the compile cache cannot be marked")
+        # Graphs hold binding indices: a second engine of this process has others, and so needs graphs of its own.
+        vllm_config.additional_config = {**additional, KEY: {"salt": ops.SCHEMA_VERSION, "first": self._first_binding}}
+
+    # The wrappers.
+
+    def _load_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def load_model(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if self.recorder is None:
+                self._guard("binding the routers", self._bind)
+            return result
+
+        return load_model
+
+    def _compile_or_warm_up_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def compile_or_warm_up_model(*args: Any, **kwargs: Any) -> Any:
+            self._armed = False
+            result = original(*args, **kwargs)
+            self._armed = self._steps is not None
+            return result
+
+        return compile_or_warm_up_model
+
+    def _execute_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            steps = self._steps
+            if not self._armed or steps is None:
+                return original(scheduler_output, *args, **kwargs)
+            opened = self._guard("opening a step", steps.begin, scheduler_output)
+            try:
+                result = original(scheduler_output, *args, **kwargs)
+            except BaseException:
+                if opened:
+                    self._guard("giving up a step", steps.abort)
+                raise
+            if opened and not self._guard("closing a step", steps.end, scheduler_output):
+                self._guard("giving up a step", steps.abort)
+            return result
+
+        return execute_model
+
+    def _shutdown(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def shutdown(*args: Any, **kwargs: Any) -> Any:
+            self._guard("closing the trace", self._close)
+            return original(*args, **kwargs)
+
+        return shutdown
+
+    def _guard(self, what: str, action: Callable[..., Any], *args: Any) -> Any:
+        """`action(*args)`, or None when it raised."""
+        try:
+            return action(*args)
+        except Exception as error:
+            count = self.errors.get(what, 0)
+            self.errors[what] = count + 1
+            if count == 0:
+                log.error("moe_native: %s failed: %s: %s (said once)", what, type(error).__name__, error, exc_info=True)
+            return None
+
+    # What they do.
+
+    def _bind(self) -> None:
+        global _bindings_in_use
+        from moe_native.recorder import Recorder
+        from moe_native.vllm import metadata, routers
+        from moe_native.vllm.steps import Steps
+
+        parallel = metadata.parallel_layout(self.worker)
+        if parallel["tensor_parallel_rank"] != 0:
+            return  # ranks of a tensor-parallel group route alike; the first one records for all
+        runner = self.worker.model_runner
+        layers = routers.find(runner.get_model(), self.worker.device)
+        assert self.config.trace is not None
+        recorder = Recorder(
+            self.config.trace,
+            rank=metadata.rank_name(self.worker.rank, parallel),
+            metadata=metadata.describe(self.worker, parallel),
+            **self.config.recorder_arguments(),
+        )
+        try:
+            self._bound = routers.bind(layers, recorder, self._first_binding)
+        except BaseException:
+            recorder.close()
+            raise
+        _bindings_in_use += self._bound
+        self.recorder = recorder
+        self._say(layers)
+        if self._bound:
+            self._steps = Steps(recorder, runner, tokens="tokens" in self.config.fields)
+
+    def _say(self, layers: list[Any]) -> None:
+        assert self.recorder is not None
+        if not layers:
+            model = self.worker.model_config.model
+            log.warning("moe_native: nothing is recorded: %s has no MoE layer that is known here", model)
+            return
+        log.info("moe_native: recording %d of %d MoE layers into %s", self._bound, len(layers), self.recorder.directory)
+        missed = [layer for layer in layers if layer.obstacle]
+        if missed:
+            example = f"layer {missed[0].layer}: {missed[0].obstacle}"
+            log.warning("moe_native: %d MoE layers are not recorded, such as %s", len(missed), example)
+
+    def _close(self) -> None:
+        global _bindings_in_use
+        self._armed, self._steps = False, None
+        recorder, self.recorder = self.recorder, None
+        if recorder is None:
+            return
+        _bindings_in_use -= self._bound
+        if self.errors:
+            recorder.update_metadata(errors=dict(self.errors))
+        recorder.close()

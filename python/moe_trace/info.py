@@ -1,0 +1,93 @@
+"""What `moe-native info` says: what a trace consists of. `show.info` prints it; `--json` gives it as it is.
+
+The object (`"format": "moe-native info"`, `"version": 1`; later versions may add keys, never change one's meaning) has
+`path`, `model`, the keys `state` to `last_time` of `moe_trace.summary`, and
+
+| key | value |
+|---|---|
+| `metadata` | of the newest rank: csrc/FORMAT.md, section 6, without `layers` |
+| `recorded` | `{"ids": "uint8", …}`: the columns of the newest rows and their types; several types are joined by `/` |
+| `steps`, `rows` | executed steps and tokens, over all ranks |
+| `layer_rows` | rows of layers: the sum over layers of their tokens |
+| `requests` | how many requests have a name |
+| `bytes`, `bytes_per_layer_row` | of all segment files; `bytes / layer_rows`, null without rows |
+| `rank_list` | an object a rank: `run`, `rank`, `state`, `pid`, `ring` (path or null), `bytes`, `segments` |
+
+A segment: `file`, `number`, `bytes`, `closed`, `blocks`, `steps`, `rows`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moe_trace.format import FIELD_NAMES
+from moe_trace.summary import standing
+
+if TYPE_CHECKING:
+    from moe_trace import Trace
+    from moe_trace.rank import Rank
+    from moe_trace.segment import Segment
+
+DTYPES = {1: "uint8", 2: "uint16", 3: "uint32", 4: "float16", 5: "bfloat16", 6: "float32"}
+
+
+def describe(trace: Trace) -> dict[str, Any]:
+    """The object above."""
+    ranks = [_rank(run.name, rank) for run in trace.runs for rank in run.ranks]
+    layer_rows = sum(stats.rows for stats in trace.stats().values())
+    size = sum(rank["bytes"] for rank in ranks)
+    in_rings = [block for rank in trace.ranks for block in rank.ring_blocks]
+    return {
+        "format": "moe-native info",
+        "version": 1,
+        "path": str(trace.path),
+        "model": trace.metadata.get("model"),
+        **standing(trace),
+        "metadata": {key: value for key, value in trace.metadata.items() if key != "layers"},
+        "recorded": _recorded(trace),
+        "steps": sum(segment["steps"] for rank in ranks for segment in rank["segments"]) + len(in_rings),
+        "rows": sum(segment["rows"] for rank in ranks for segment in rank["segments"]) + sum(b.rows for b in in_rings),
+        "layer_rows": layer_rows,
+        "requests": len(trace.requests),
+        "bytes": size,
+        "bytes_per_layer_row": size / layer_rows if layer_rows else None,
+        "rank_list": ranks,
+    }
+
+
+def _rank(run: str, rank: Rank) -> dict[str, Any]:
+    segments = [_segment(segment) for segment in rank.segments]
+    return {
+        "run": run,
+        "rank": rank.name,
+        "state": rank.state,
+        "pid": rank.owner.get("pid"),
+        "ring": None if rank.ring_path is None else str(rank.ring_path),
+        "bytes": sum(segment["bytes"] for segment in segments),
+        "segments": segments,
+    }
+
+
+def _segment(segment: Segment) -> dict[str, Any]:
+    index = segment.index
+    return {
+        "file": segment.path.name,
+        "number": segment.number,
+        "bytes": segment.size,
+        "closed": segment.closed,
+        "blocks": len(index),
+        "steps": int(index["steps"].sum()),
+        "rows": int(index["rows"][index["steps"] > 0].sum()),
+    }
+
+
+def _recorded(trace: Trace) -> dict[str, str]:
+    """The columns of the newest block that has rows."""
+    for rank in reversed(trace.ranks):
+        for block in reversed(rank.blocks()):
+            if block.rows:
+                types: dict[str, set[str]] = {}
+                for (field, _), (dtype, _) in sorted(block.columns.items()):
+                    types.setdefault(FIELD_NAMES[field], set()).add(DTYPES.get(dtype, f"type {dtype}"))
+                return {name: "/".join(sorted(found)) for name, found in types.items()}
+    return {}

@@ -1,0 +1,287 @@
+"""What one recording process wrote: its segments, its ring if it died, and who it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace import format as fmt
+from moe_trace import ring as rings
+from moe_trace.block import Block, FileBlock
+from moe_trace.errors import DamagedTrace, TraceError
+from moe_trace.ring import Piece, RingBlock
+from moe_trace.segment import Segment, open_or_none
+from moe_trace.statistics import LayerStats
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request of the serving engine.
+
+    Attributes:
+        id: the name that its user knows.
+        prompt_len: tokens of its prompt, or None where nobody said.
+        info: everything that was noted of it.
+    """
+
+    id: str
+    prompt_len: int | None
+    info: dict[str, Any]
+
+
+def segment_paths(directory: Path) -> list[Path]:
+    """The segments of a rank's directory in the order of writing, open ones included."""
+    found = {}
+    for name in os.listdir(directory):
+        stem = name.removesuffix(".open").removesuffix(".moe")
+        if stem.isdigit() and name in (f"{stem}.moe", f"{stem}.moe.open"):
+            # Both names at once: the file was renamed between two looks at the directory.
+            found[int(stem)] = min(name, found.get(int(stem), name), key=len)
+    return [directory / found[number] for number in sorted(found)]
+
+
+class Rank:
+    """One recording process.
+
+    Args:
+        directory: of the rank.
+        only: the one segment to look at, when a single file was asked for.
+    """
+
+    def __init__(self, directory: Path, only: Path | None = None) -> None:
+        self.directory = directory
+        self.name = directory.name
+        self._only = only
+        self._problems: list[str] = []
+        self.file = self._read_rank_file()
+        # What a recovery could not save stays said.
+        self._problems += [text for text in self.file.get("problems") or () if isinstance(text, str)]
+        owner = self.file.get("owner") if isinstance(self.file.get("owner"), dict) else {}
+        self.owner: dict[str, Any] = owner or {}
+        self.closed = bool(self.file.get("closed"))
+        self.live = not self.closed and bool(self.owner) and self._owner_lives()
+
+    def _read_rank_file(self) -> dict[str, Any]:
+        try:
+            content = json.loads((self.directory / "rank.json").read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or content.get("format") != "moe-native rank":
+                raise ValueError("it is not what a recorder writes")
+            return content
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            self._problems.append(f"{self.directory / 'rank.json'} cannot be read: {error}")
+            return {}
+
+    def _owner_lives(self) -> bool:
+        pid, ticks, boot = (self.owner.get(key) for key in ("pid", "start_ticks", "boot_id"))
+        if not isinstance(pid, int) or not isinstance(ticks, int) or not isinstance(boot, str):
+            return False
+        if rings.process_lives(pid, ticks, boot):
+            return True
+        # Its process id may mean nothing here, in another container: the lock on the ring does.
+        path = self.ring_path
+        try:
+            return path is not None and rings.Ring(path).owned
+        except (OSError, TraceError):
+            return False
+
+    @property
+    def ring_path(self) -> Path | None:
+        """Where its ring lies, if it still has one."""
+        ring = self.file.get("ring")
+        path = ring.get("path") if isinstance(ring, dict) else None
+        return Path(path) if isinstance(path, str) else None
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """Its segments, in order; those that retention deleted meanwhile are left out."""
+        paths = [self._only] if self._only else segment_paths(self.directory)
+        found = []
+        for path in paths:
+            segment = open_or_none(path, self.live, self._problems)
+            if segment is None and path.suffix == ".open":  # closed, and so renamed, since the directory was listed
+                segment = open_or_none(path.with_suffix(""), self.live, self._problems)
+            if segment is not None:
+                found.append(segment)
+        return found
+
+    @property
+    def state(self) -> str:
+        """`closed`, `live` or `crashed`."""
+        if self.live:
+            return "live"
+        return "closed" if self.closed or (not self.file and all(s.closed for s in self.segments)) else "crashed"
+
+    @cached_property
+    def ring(self) -> rings.Ring | None:
+        """The ring of a process that died, if it can be read."""
+        if self.state != "crashed" or self._only is not None:
+            return None
+        path = self.ring_path
+        if path is None:
+            return None
+        try:
+            ring = rings.Ring(path)
+        except FileNotFoundError:
+            self._problems.append(
+                f"the process that wrote {self.directory} died and its ring {path} is gone (a restart of the machine or the container?): "
+                "what it had not yet written is lost"
+            )
+            return None
+        except (OSError, TraceError) as error:
+            self._problems.append(f"the ring of {self.directory} cannot be read: {error}")
+            return None
+        expected = self.file.get("ring", {}).get("id")
+        if isinstance(expected, str) and expected != f"{ring.id:016x}":
+            self._problems.append(f"{path} is not the ring of {self.directory}; what was in it is lost")
+            return None
+        return None if ring.owned else ring
+
+    @cached_property
+    def _file_blocks(self) -> list[FileBlock]:
+        return [block for segment in self.segments for block in segment.blocks]
+
+    @cached_property
+    def ring_blocks(self) -> list[RingBlock]:
+        """The steps that were committed but had not reached a segment when the process died."""
+        return self.read_ring()[0]
+
+    def read_ring(self) -> tuple[list[RingBlock], dict[int, tuple[int, int]]]:
+        """The blocks of the ring, and of each lane the records (first, last) that they account for."""
+        if self.ring is None:
+            return [], {}
+        written: dict[int, int] = {}
+        after_step = -1
+        for block in reversed(self._file_blocks):
+            for lane in block.lanes:
+                written[int(lane["lane"])] = max(written.get(int(lane["lane"]), 0), int(lane["last"]))
+            if block.complete and len(block.steps):
+                after_step = max(after_step, block.last_step)
+            if len(written) == self.ring.lanes and after_step >= 0:
+                break
+        fragments: tuple[int, list[Piece]] = (-1, [])
+        if self._file_blocks and not self._file_blocks[-1].complete:
+            cut = self._file_blocks[-1]
+            fragments = cut.first_step, [Piece(*piece) for piece in cut.pieces()]
+        exact = self.metadata.get("weights_dtype") == "exact"
+        blocks = self.ring.blocks(written, after_step, exact, fragments)
+        last = self.ring.last_sequences(written)
+        taken = {lane: (written.get(lane, 0) + 1, end) for lane, end in last.items() if end > written.get(lane, 0)}
+        return blocks, taken
+
+    @property
+    def cut_step_is_in_ring(self) -> bool:
+        """Whether the fragments that end the last segment belong to a step that the ring has the rest of, or that it says was given up."""
+        if not self._file_blocks or self._file_blocks[-1].complete or self.ring is None:
+            return False
+        cut = self._file_blocks[-1].first_step
+        rest = self.ring_blocks
+        return cut in self.ring.aborted or (bool(rest) and rest[0].first_step == cut)
+
+    def blocks(self) -> list[Block]:
+        """All blocks, in the order of their steps."""
+        files: list[Block] = list(self._file_blocks)
+        return (files[:-1] if self.cut_step_is_in_ring else files) + list(self.ring_blocks)
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """What ran: of rank.json, or of the newest segment where that is missing."""
+        metadata = self.file.get("metadata")
+        if isinstance(metadata, dict):
+            return metadata
+        return self.segments[-1].metadata if self.segments else {}
+
+    @cached_property
+    def losses(self) -> dict[int, tuple[int, int, int]]:
+        """Totals since the start of the run by cause: steps, layers, rows."""
+        tables = [self.ring.losses] if self.ring is not None else [s.losses for s in self.segments[-1:]]
+        found = {
+            int(t["cause"]): (int(t["steps"]), int(t["layers"]), int(t["rows"])) for table in tables for t in table
+        }
+        incomplete = sum(getattr(block, "incomplete_layers", 0) for block in self.ring_blocks)
+        if incomplete:
+            steps, layers, rows = found.get(5, (0, 0, 0))
+            found[5] = (steps, layers + incomplete, rows)
+        return found
+
+    @cached_property
+    def _notes(self) -> tuple[dict[int, Request], dict[int, list[tuple[int, int, int]]]]:
+        requests: dict[int, Request] = {}
+        amendments: dict[int, list[tuple[int, int, int]]] = {}
+        for block in self.blocks():
+            try:
+                notes = block.notes
+            except DamagedTrace as error:
+                self._problems.append(f"notes in {self.directory} are damaged: {error}")
+                continue
+            for note in notes:
+                kind = note.get("type")
+                if kind == "request" and isinstance(note.get("index"), int) and isinstance(note.get("id"), str):
+                    prompt_len = note.get("prompt_len")
+                    info = {k: v for k, v in note.items() if k not in ("type", "index")}
+                    known = prompt_len if isinstance(prompt_len, int) else None
+                    requests[note["index"]] = Request(note["id"], known, info)
+                elif kind == "amend" and all(isinstance(note.get(key), int) for key in ("step", "row", "count")):
+                    flags = sum(fmt.RUN_FLAGS.get(name, 0) for name in set(note.get("set") or ()))
+                    amendments.setdefault(note["step"], []).append((note["row"], note["count"], flags))
+        return requests, amendments
+
+    @property
+    def requests(self) -> dict[int, Request]:
+        """The requests by their index in *runs*."""
+        return self._notes[0]
+
+    @property
+    def amendments(self) -> dict[int, list[tuple[int, int, int]]]:
+        """Late facts by step: (first row, count, flags to set)."""
+        return self._notes[1]
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with what this process wrote; walks through segments that were not closed."""
+        problems = []
+        for segment in self.segments:
+            if not segment.closed:
+                torn = 0 if self.live else segment.torn_bytes
+                if torn and self.ring is None:
+                    problems.append(f"{segment.path} ends in {torn:,} torn bytes: its process died while writing them")
+                if not self.live and not self.file:
+                    problems.append(f"{segment.path} was not closed: what came after its last block is lost")
+            problems += segment.problems
+        numbers = [segment.number for segment in self.segments]
+        if self._only is None and any(b - a != 1 for a, b in zip(numbers, numbers[1:], strict=False)):
+            problems.append(f"{self.directory} lacks a segment between others: rows are missing")
+        cut = [block.first_step for block in self.ring_blocks if not block.complete]
+        if cut:
+            problems.append(
+                f"the process died inside step {cut[0]} in {self.directory}; its whole layers are kept, unattributed"
+            )
+        _ = self.ring
+        return self._problems + problems
+
+    def add_statistics(self, into: dict[int, LayerStats], wanted: Callable[[int, int], bool]) -> None:
+        """Add the totals of everything this process wrote."""
+        if self.ring_blocks:
+            for block in self.blocks():
+                block.add_statistics(into, wanted)
+            return
+        for segment in self.segments:
+            segment.add_statistics(into, wanted)
+
+    def times(self) -> npt.NDArray[np.int64]:
+        """First and last start of a step, Unix nanoseconds; empty without steps."""
+        indices = [segment.index for segment in self.segments]
+        spans = [(int(i["first_time_ns"]), int(i["last_time_ns"])) for index in indices for i in index if i["steps"]]
+        spans += [(block.first_time_ns, block.last_time_ns) for block in self.ring_blocks]
+        if not spans:
+            return np.zeros(0, np.int64)
+        return np.array([min(a for a, _ in spans), max(b for _, b in spans)])

@@ -1,0 +1,236 @@
+"""One segment file, mapped: its blocks, its footer's sums, and what is wrong with it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import zlib
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace import format as fmt
+from moe_trace.block import FileBlock, read_header
+from moe_trace.errors import DamagedTrace, NotATrace, TraceError, TraceNotFound
+from moe_trace.statistics import LayerStats, add_groups
+
+
+class Segment:
+    """A segment, closed or being written. Cheap to open: only its superblock and trailer are read until more is asked for.
+
+    Args:
+        path: of the file.
+        live: whether its writer may still be at work, so that an unfinished end is no problem.
+
+    Raises:
+        TraceNotFound, NotATrace, UnsupportedVersion, DamagedTrace: the file cannot be read at all.
+    """
+
+    def __init__(self, path: Path, live: bool = False) -> None:
+        self.path = path
+        self.live = live
+        self.problems: list[str] = []
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < 8:
+                    raise NotATrace(f"{path} is too short to be a segment of moe_native")
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise TraceNotFound(f"there is no {path}") from None
+        except OSError as error:
+            raise TraceNotFound(f"{path} cannot be read: {error.strerror}") from None
+        self._data = memoryview(self._map)
+        head = fmt.read_superblock(self._data, str(path))
+        self.number = int(head["number"])
+        self.ring_id = int(head["ring_id"])
+        self.run_id = head["run_id"].tobytes().hex()
+        self._head = head
+        self._footer_at = self._find_footer()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file as it was when it was opened."""
+        return len(self._data)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it ends with a trailer: nothing will be added, and its footer has the sums."""
+        return self._footer_at is not None
+
+    def _find_footer(self) -> int | None:
+        at = len(self._data) - fmt.TRAILER.itemsize
+        if at < fmt.SUPERBLOCK.itemsize:
+            return None
+        trailer = fmt.struct_at(self._data, at, fmt.TRAILER)
+        if trailer["magic"] != b"MOEFOOT1":
+            return None
+        if zlib.crc32(self._data[at : at + 20]) != int(trailer["crc"]) or int(trailer["file_bytes"]) != len(self._data):
+            self.problems.append(f"the end of {self.path} is damaged; its blocks were read one by one")
+            return None
+        offset = int(trailer["footer_offset"])
+        try:
+            if offset >= at or int(read_header(self._data, offset)["kind"]) != fmt.FOOTER_BLOCK:
+                raise DamagedTrace("no footer")
+        except DamagedTrace:
+            self.problems.append(f"the footer of {self.path} is damaged; its blocks were read one by one")
+            return None
+        return offset
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """What ran, as it was known when the segment began."""
+        head = self._head
+        begin, stored, raw = (int(head[f"metadata_{name}"]) for name in ("offset", "stored", "raw"))
+        try:
+            if raw > fmt.MOST_METADATA_BYTES or begin + stored > len(self._data):
+                raise DamagedTrace("it has an impossible length")
+            data = fmt.decode(
+                self._data[begin : begin + stored], int(head["metadata_codec"]), raw, int(head["metadata_crc"])
+            )
+            metadata = json.loads(bytes(data))
+            if not isinstance(metadata, dict):
+                raise ValueError("it is no object")
+            return metadata
+        except (DamagedTrace, ValueError, RecursionError) as error:
+            self.problems.append(f"the metadata of {self.path} is damaged: {error}")
+            return {}
+
+    @cached_property
+    def _walk(self) -> tuple[list[FileBlock], int]:
+        """The blocks, and where the last whole one ends."""
+        head = self._head
+        at = fmt.align(int(head["metadata_offset"]) + int(head["metadata_stored"]))
+        end = self._footer_at if self._footer_at is not None else len(self._data)
+        blocks: list[FileBlock] = []
+        fragments: list[tuple[int, Any]] = []
+        whole_to = at
+        while at + fmt.BLOCK.itemsize <= end:
+            try:
+                header = read_header(self._data, at)
+            except DamagedTrace:
+                resume = self._resynchronise(at, end)
+                if resume is None:
+                    break
+                self.problems.append(
+                    f"{resume - at:,} bytes of {self.path} at {at:,} are damaged; the blocks in them are lost"
+                )
+                at, fragments = resume, []
+                continue
+            kind = int(header["kind"])
+            if kind == fmt.FOOTER_BLOCK:
+                break
+            if kind == fmt.FRAGMENT_BLOCK:
+                if fragments and int(fragments[-1][1]["first_step"]) != int(header["first_step"]):
+                    self._orphans(fragments, blocks)
+                    fragments = []
+                fragments.append((at, header))
+            elif kind == fmt.ROWS_BLOCK:
+                want = int(header["fragments"])
+                if fragments and (
+                    want != len(fragments) or int(fragments[-1][1]["first_step"]) != int(header["first_step"])
+                ):
+                    self._orphans(fragments, blocks)
+                    fragments = []
+                if want and not fragments:
+                    self.problems.append(
+                        f"step {int(header['first_step'])} in {self.path} lacks a part that is damaged"
+                    )
+                    blocks.append(FileBlock(self._data, [(at, header)], complete=want == 0))
+                else:
+                    # A block of no steps takes its fragments back.
+                    blocks.append(FileBlock(self._data, [*(fragments if int(header["steps"]) else []), (at, header)]))
+                fragments = []
+            at += int(header["block_bytes"])
+            whole_to = at
+        self._orphans(fragments, blocks)
+        return blocks, whole_to
+
+    def _orphans(self, fragments: list[tuple[int, Any]], blocks: list[FileBlock]) -> None:
+        if fragments and not self.live:
+            step = int(fragments[-1][1]["first_step"])
+            self.problems.append(f"step {step} in {self.path} was cut off; its whole layers are kept, unattributed")
+            blocks.append(FileBlock(self._data, list(fragments), complete=False))
+
+    def _resynchronise(self, at: int, end: int) -> int | None:
+        """The next valid block header after damage at `at`, or None."""
+        search = at
+        while (search := self._map.find(b"MOEB", search + 1, end)) >= 0:
+            if search % fmt.ALIGN == 0:
+                with contextlib.suppress(DamagedTrace):
+                    read_header(self._data, search)
+                    return search
+        return None
+
+    @property
+    def torn_bytes(self) -> int:
+        """Bytes behind the last whole block that are no block: a write that a crash cut off."""
+        end = self._footer_at if self._footer_at is not None else len(self._data)
+        return end - self.whole_to if any(self._data[self.whole_to : end]) else 0
+
+    @property
+    def blocks(self) -> list[FileBlock]:
+        """Its blocks of rows, in order. Blocks without rows (losses, notes) are among them."""
+        return self._walk[0]
+
+    @property
+    def whole_to(self) -> int:
+        """Where its last whole block ends."""
+        return self._walk[1]
+
+    @cached_property
+    def _footer(self) -> FileBlock | None:
+        if self._footer_at is None:
+            return None
+        return FileBlock(self._data, [(self._footer_at, read_header(self._data, self._footer_at))])
+
+    @cached_property
+    def index(self) -> npt.NDArray[Any]:
+        """Table *index* of the footer; for a segment that is not closed, the same from its blocks."""
+        if self._footer is not None:
+            with contextlib.suppress(DamagedTrace):
+                return self._footer.index_table()
+        return np.array([item for block in self.blocks for item in block.index_items], fmt.TABLES[fmt.INDEX])
+
+    @property
+    def losses(self) -> npt.NDArray[Any]:
+        """Table *losses* as last written: totals since the start of the run."""
+        last = self._footer or (self.blocks[-1] if self.blocks else None)
+        try:
+            return last.losses if last is not None else np.zeros(0, fmt.TABLES[fmt.LOSSES])
+        except DamagedTrace as error:
+            self.problems.append(f"the losses in {self.path} cannot be read: {error}")
+            return np.zeros(0, fmt.TABLES[fmt.LOSSES])
+
+    def add_statistics(self, into: dict[int, LayerStats], wanted: Callable[[int, int], bool]) -> None:
+        """Add the totals of the whole segment: from its footer, or block by block."""
+        if self._footer is not None:
+            try:
+                groups, counts = self._footer.statistics_tables()
+            except DamagedTrace:
+                self.problems.append(f"the footer of {self.path} is damaged; its blocks were read one by one")
+            else:
+                return add_groups(into, groups, counts, wanted)
+        for block in self.blocks:
+            block.add_statistics(into, wanted)
+        return None
+
+    def __repr__(self) -> str:
+        return f"<moe_trace segment {self.path}>"
+
+
+def open_or_none(path: Path, live: bool, problems: list[str]) -> Segment | None:
+    """A segment, or None where it is gone (retention) or unreadable, which is then said in `problems`."""
+    try:
+        return Segment(path, live)
+    except TraceNotFound:
+        return None
+    except TraceError as error:
+        problems.append(str(error))
+        return None

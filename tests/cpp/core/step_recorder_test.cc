@@ -1,0 +1,298 @@
+#include "core/step_recorder.h"
+
+#include <gtest/gtest.h>
+
+#include <thread>
+
+#include "support.h"
+
+namespace moe_native {
+namespace {
+
+using test::Routed;
+using test::run;
+
+struct StepRecorderTest : testing::Test {
+  explicit StepRecorderTest(uint64_t bytes = 1 << 20, uint32_t lanes = 1, Overflow overflow = Overflow::kDrop,
+                            uint32_t fields = kFieldIds | kFieldWeights)
+      : t(bytes, lanes), recorder(t.ring, overflow, fields, messages), consumer(t.ring.lane(0)) {}
+  uint64_t count(size_t counter) const { return t.ring.counter(counter).load(); }
+  const Descriptor* next() {
+    const Descriptor* d = consumer.peek();
+    if (d != nullptr) consumer.take();
+    return d;
+  }
+  // steps_begun = steps_committed + lost steps
+  void expect_adds_up() const {
+    uint64_t lost = 0;
+    for (size_t c = 0; c < kLossCauses; ++c) lost += t.ring.losses(static_cast<Loss>(c)).steps;
+    EXPECT_EQ(count(kStepsBegun), count(kStepsCommitted) + lost);
+  }
+
+  test::TestRing t;
+  Messages messages;
+  StepRecorder recorder;
+  LaneConsumer consumer;
+};
+
+TEST_F(StepRecorderTest, AStepIsItsLayersAndThenItsRecord) {
+  const auto layers = test::bind_layers(recorder, 2, 60, 4);
+  const Routed routed(3, 4, 60);
+  ASSERT_TRUE(test::record_step(recorder, layers, routed, {run(5, 10, 3, 69)}, test::note(1, 5, "{}"), 1));
+  for (uint16_t layer = 0; layer < 2; ++layer) {
+    const Descriptor* d = next();
+    ASSERT_NE(d, nullptr);
+    EXPECT_EQ(d->kind, RecordKind::kLayer);
+    EXPECT_EQ(d->layer, layer);
+    EXPECT_EQ(d->rows, 3u);
+    EXPECT_EQ(d->ids_dtype, DType::kU8);
+    EXPECT_EQ(d->weights_dtype, DType::kF32);
+    const LayerColumns at = layer_columns(*d);
+    EXPECT_EQ(at.bytes, d->bytes);
+    const auto* ids = reinterpret_cast<const uint8_t*>(consumer.payload(*d) + at.ids);
+    for (size_t i = 0; i < routed.ids.size(); ++i) EXPECT_EQ(ids[i], routed.ids[i]);
+    EXPECT_EQ(std::memcmp(consumer.payload(*d) + at.weights, routed.weights.data(), routed.weights.size() * 4), 0);
+  }
+  const Descriptor* d = next();
+  ASSERT_NE(d, nullptr);
+  EXPECT_EQ(d->kind, RecordKind::kStep);
+  EXPECT_EQ(d->rows, 3u);
+  EXPECT_EQ(d->runs, 1u);
+  EXPECT_EQ(d->notes, 1u);
+  EXPECT_EQ(reinterpret_cast<const moe_native::Run*>(consumer.payload(*d))->request, 5u);
+  EXPECT_EQ(next(), nullptr);
+  EXPECT_EQ(count(kStepsCommitted), 1u);
+}
+
+TEST_F(StepRecorderTest, NothingIsRecordedOutsideAStep) {
+  const auto layers = test::bind_layers(recorder, 1, 60, 4);
+  recorder.record(*layers[0], Routed(3, 4, 60).input());
+  EXPECT_EQ(next(), nullptr);
+  EXPECT_FALSE(recorder.end_step({}));
+  EXPECT_EQ(count(kStepsBegun), 0u);
+}
+
+TEST_F(StepRecorderTest, PaddingIsLeftOut) {
+  const auto layers = test::bind_layers(recorder, 1, 60, 2);
+  const Routed routed(8, 2, 60);
+  const std::vector<RowSpan> spans = {{1, 2}, {5, 1}};
+  ASSERT_EQ(recorder.begin_step(spans), Begun::kAdmitted);
+  recorder.record(*layers[0], routed.input());
+  const std::vector<moe_native::Run> runs = {run(0, 0, 3)};
+  StepTable table;
+  table.runs = runs;
+  ASSERT_TRUE(recorder.end_step(table));
+  const Descriptor* d = next();
+  ASSERT_EQ(d->rows, 3u);
+  const auto* ids = reinterpret_cast<const uint8_t*>(consumer.payload(*d));
+  size_t at = 0;
+  for (size_t row : {1u, 2u, 5u}) {
+    for (size_t j = 0; j < 2; ++j) EXPECT_EQ(ids[at++], routed.ids[row * 2 + j]);
+  }
+}
+
+TEST_F(StepRecorderTest, ARouterCalledInChunksIsOneLayer) {
+  const auto layers = test::bind_layers(recorder, 1, 60, 2);
+  const Routed first(4, 2, 60, 0), second(3, 2, 60, 11);
+  const RowSpan span{2, 4};  // rows 2, 3 of the first call and 4, 5, the first two of the second
+  ASSERT_EQ(recorder.begin_step({&span, 1}), Begun::kAdmitted);
+  recorder.record(*layers[0], first.input());
+  recorder.record(*layers[0], second.input());
+  const std::vector<moe_native::Run> runs = {run(0, 0, 4)};
+  StepTable table;
+  table.runs = runs;
+  ASSERT_TRUE(recorder.end_step(table));
+  const Descriptor* a = next();
+  const Descriptor* b = next();
+  EXPECT_EQ(a->first_row, 0u);
+  EXPECT_EQ(a->rows, 2u);
+  EXPECT_EQ(b->first_row, 2u);
+  EXPECT_EQ(b->rows, 2u);
+  EXPECT_EQ(reinterpret_cast<const uint8_t*>(consumer.payload(*a))[0], first.ids[4]);
+  EXPECT_EQ(reinterpret_cast<const uint8_t*>(consumer.payload(*b))[0], second.ids[0]);
+}
+
+TEST_F(StepRecorderTest, AbortedStepsAreCountedAndMarked) {
+  const auto layers = test::bind_layers(recorder, 2, 60, 4);
+  const RowSpan span{0, 3};
+  ASSERT_EQ(recorder.begin_step({&span, 1}), Begun::kAdmitted);
+  recorder.record(*layers[0], Routed(3, 4, 60).input());
+  recorder.abort_step();
+  EXPECT_EQ(next()->kind, RecordKind::kLayer);
+  const Descriptor* d = next();
+  EXPECT_EQ(d->kind, RecordKind::kStep);
+  EXPECT_EQ(d->flags, kStepAborted);
+  EXPECT_EQ(t.ring.losses(Loss::kAborted).steps, 1u);
+  EXPECT_EQ(t.ring.losses(Loss::kAborted).rows, 3u);
+  expect_adds_up();
+}
+
+TEST_F(StepRecorderTest, OnlyOneStepAtATime) {
+  const RowSpan span{0, 1};
+  EXPECT_EQ(recorder.begin_step({&span, 1}), Begun::kAdmitted);
+  EXPECT_EQ(recorder.begin_step({&span, 1}), Begun::kNested);
+  recorder.abort_step();
+}
+
+TEST_F(StepRecorderTest, PausedStepsAreNoLosses) {
+  const RowSpan span{0, 1};
+  recorder.pause(true);
+  EXPECT_EQ(recorder.begin_step({&span, 1}), Begun::kPaused);
+  recorder.pause(false);
+  EXPECT_EQ(recorder.begin_step({&span, 1}), Begun::kAdmitted);
+  recorder.abort_step();
+  EXPECT_EQ(count(kStepsBegun), 1u);
+}
+
+TEST_F(StepRecorderTest, BadInputIsCountedSaidOnceAndHarmless) {
+  const auto layers = test::bind_layers(recorder, 2, 60, 4);
+  Routed routed(3, 4, 60);
+  for (int step = 0; step < 3; ++step) {
+    const RowSpan span{0, 3};
+    ASSERT_EQ(recorder.begin_step({&span, 1}), Begun::kAdmitted);
+    LayerInput bad = routed.input();
+    bad.weights.dtype = DType::kNone;
+    recorder.record(*layers[0], bad);
+    recorder.record(*layers[1], routed.input());
+    const std::vector<moe_native::Run> runs = {run(0, 0, 3)};
+    StepTable table;
+    table.runs = runs;
+    EXPECT_TRUE(recorder.end_step(table)) << "the other layer is recorded";
+  }
+  EXPECT_EQ(t.ring.losses(Loss::kBadInput).layers, 3u);
+  EXPECT_EQ(t.ring.losses(Loss::kBadInput).rows, 9u);
+  ASSERT_TRUE(messages.pending());
+  const auto texts = messages.take();
+  ASSERT_EQ(texts.size(), 1u);
+  EXPECT_NE(texts[0].find("layer 0"), std::string::npos);
+  EXPECT_NE(texts[0].find("float32"), std::string::npos);
+  expect_adds_up();
+}
+
+TEST_F(StepRecorderTest, EveryUnusableTensorIsFound) {
+  const auto layers = test::bind_layers(recorder, 1, 60, 4);
+  const Routed routed(3, 4, 60);
+  const auto attempt = [&](auto&& spoil) {
+    const uint64_t before = t.ring.losses(Loss::kBadInput).layers;
+    const RowSpan span{0, 3};
+    EXPECT_EQ(recorder.begin_step({&span, 1}), Begun::kAdmitted);
+    LayerInput in = routed.input(true);
+    spoil(in);
+    recorder.record(*layers[0], in);
+    recorder.abort_step();
+    return t.ring.losses(Loss::kBadInput).layers - before;
+  };
+  EXPECT_EQ(attempt([](LayerInput&) {}), 0u);
+  EXPECT_EQ(attempt([](LayerInput& in) { in.ids = {}; }), 1u);
+  EXPECT_EQ(attempt([](LayerInput& in) { in.ids.dtype = DType::kF32; }), 1u);
+  EXPECT_EQ(attempt([](LayerInput& in) { in.weights.rows = 2; }), 1u);
+  EXPECT_EQ(attempt([](LayerInput& in) { in.weights.width = 3; }), 1u);
+  EXPECT_EQ(attempt([](LayerInput& in) { in.weights.dtype = DType::kI32; }), 1u);
+}
+
+TEST_F(StepRecorderTest, DisabledLayersAreSkipped) {
+  Binding* b = binding(recorder.bind(7, 60, 4, false));
+  const RowSpan span{0, 3};
+  ASSERT_EQ(recorder.begin_step({&span, 1}), Begun::kAdmitted);
+  recorder.record(*b, Routed(3, 4, 60).input());
+  recorder.abort_step();
+  EXPECT_EQ(next()->kind, RecordKind::kStep);
+}
+
+TEST_F(StepRecorderTest, DropRefusesWholeStepsWhenFull) {
+  const auto layers = test::bind_layers(recorder, 4, 60, 4);
+  const Routed routed(1000, 4, 60);
+  int refused = 0;
+  for (int step = 0; step < 50; ++step)
+    refused += test::record_step(recorder, layers, routed, {run(0, 0, 1000)}) ? 0 : 1;
+  EXPECT_GT(refused, 0);
+  EXPECT_LT(refused, 50);
+  EXPECT_EQ(t.ring.losses(Loss::kRingFull).steps, static_cast<uint64_t>(refused));
+  EXPECT_EQ(t.ring.losses(Loss::kRingFull).layers, static_cast<uint64_t>(refused) * 4);
+  // What is in the ring are whole steps.
+  uint64_t layer_records = 0, step_records = 0;
+  while (const Descriptor* d = next()) (d->kind == RecordKind::kLayer ? layer_records : step_records) += 1;
+  EXPECT_EQ(step_records, count(kStepsCommitted));
+  EXPECT_EQ(layer_records, 4 * step_records);
+  expect_adds_up();
+}
+
+TEST_F(StepRecorderTest, AStepThatNobodyDrainsIsGivenUpAsAWhole) {
+  const auto layers = test::bind_layers(recorder, 40, 60, 4);
+  const Routed routed(4000, 4, 60);  // 40 layers of 80 KB: three times the ring
+  EXPECT_FALSE(test::record_step(recorder, layers, routed, {run(0, 0, 4000)}));
+  EXPECT_EQ(t.ring.losses(Loss::kTooLarge).steps, 1u);
+  EXPECT_GT(count(kBlockedNs), 0u);
+  expect_adds_up();
+}
+
+struct TwoLanes : StepRecorderTest {
+  TwoLanes() : StepRecorderTest(1 << 20, 2) {}
+};
+
+TEST_F(TwoLanes, EachThreadHasItsOwn) {
+  const auto layers = test::bind_layers(recorder, 2, 60, 4);
+  const Routed routed(3, 4, 60);
+  LaneConsumer second(t.ring.lane(1));
+  for (int step = 0; step < 5; ++step) {  // a new thread each time: lanes belong to a thread for one step
+    const RowSpan span{0, 3};
+    ASSERT_EQ(recorder.begin_step({&span, 1}), Begun::kAdmitted);
+    recorder.record(*layers[0], routed.input());
+    std::thread([&] { recorder.record(*layers[1], routed.input()); }).join();
+    const std::vector<moe_native::Run> runs = {run(0, 0, 3)};
+    StepTable table;
+    table.runs = runs;
+    ASSERT_TRUE(recorder.end_step(table));
+    EXPECT_EQ(next()->layer, 0u);
+    EXPECT_EQ(next()->kind, RecordKind::kStep);
+    ASSERT_NE(second.peek(), nullptr);
+    EXPECT_EQ(second.peek()->layer, 1u);
+    second.take();
+  }
+}
+
+TEST_F(TwoLanes, AThirdThreadIsCounted) {
+  const auto layers = test::bind_layers(recorder, 3, 60, 4);
+  const Routed routed(3, 4, 60);
+  const RowSpan span{0, 3};
+  ASSERT_EQ(recorder.begin_step({&span, 1}), Begun::kAdmitted);
+  for (Binding* layer : layers) std::thread([&] { recorder.record(*layer, routed.input()); }).join();
+  recorder.abort_step();
+  EXPECT_EQ(t.ring.losses(Loss::kNoLane).layers, 1u);
+  EXPECT_EQ(t.ring.losses(Loss::kNoLane).rows, 3u);
+}
+
+struct Blocking : StepRecorderTest {
+  Blocking() : StepRecorderTest(1 << 20, 1, Overflow::kBlock) {}
+};
+
+TEST_F(Blocking, NothingIsLostAndTheWaitIsCounted) {
+  const auto layers = test::bind_layers(recorder, 4, 60, 4);
+  const Routed routed(1000, 4, 60);
+  std::atomic<bool> done{false};
+  uint64_t steps = 0;
+  std::thread drain([&] {
+    // Nothing is drained before the producer has come to wait: a step has begun and does not get on.
+    for (uint64_t begun = 0, now; (now = count(kStepsBegun)) == 0 || now != begun; begun = now) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    }
+    LaneConsumer lane(t.ring.lane(0));
+    while (!done.load() || lane.peek() != nullptr) {
+      while (const Descriptor* d = lane.peek()) {
+        steps += d->kind == RecordKind::kStep ? 1 : 0;
+        lane.take();
+      }
+      lane.release(lane.position());
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+  });
+  for (int step = 0; step < 100; ++step) ASSERT_TRUE(test::record_step(recorder, layers, routed, {run(0, 0, 1000)}));
+  done = true;
+  drain.join();
+  EXPECT_EQ(steps, 100u);
+  EXPECT_EQ(count(kStepsCommitted), 100u);
+  EXPECT_GT(count(kBlockedNs), 0u);
+}
+
+}  // namespace
+}  // namespace moe_native

@@ -1,0 +1,255 @@
+#include "segment/drain.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <random>
+#include <thread>
+
+#include "segment/recording.h"
+#include "support.h"
+
+namespace moe_native {
+namespace {
+
+namespace fs = std::filesystem;
+using test::DecodedBlock;
+using test::Routed;
+using test::run;
+
+struct DrainTest : testing::Test {
+  RecordingOptions options(uint64_t ring_bytes = 1 << 20) {
+    RecordingOptions o;
+    rank = trace / "run/rank-0";
+    fs::create_directories(rank);
+    o.ring = {trace.path(), rank, ring_bytes, 1};
+    o.drain.trace = trace.path();
+    o.drain.identity.directory = rank;
+    o.drain.flush_seconds = 3600;  // only what a test asks for
+    return o;
+  }
+  std::vector<std::string> segments() const {
+    std::vector<std::string> paths;
+    for (const auto& file : fs::directory_iterator(rank)) paths.push_back(file.path().string());
+    std::ranges::sort(paths);
+    return paths;
+  }
+  std::vector<DecodedBlock> blocks() const {
+    std::vector<DecodedBlock> all;
+    for (const std::string& path : segments()) {
+      for (DecodedBlock& block : test::decode_segment(path)) {
+        if (block.header.kind != BlockKind::kFooter) all.push_back(std::move(block));
+      }
+    }
+    return all;
+  }
+  static uint64_t steps_in(const std::vector<DecodedBlock>& blocks) {
+    uint64_t steps = 0;
+    for (const auto& block : blocks) steps += block.header.kind == BlockKind::kRows ? block.header.steps : 0;
+    return steps;
+  }
+  test::TemporaryDirectory trace;
+  std::string rank;
+};
+
+TEST_F(DrainTest, FlushMakesEverythingVisible) {
+  Recording recording(options());
+  const auto layers = test::bind_layers(recording.steps(), 2, 60, 4);
+  for (int i = 0; i < 10; ++i)
+    ASSERT_TRUE(test::record_step(recording.steps(), layers, Routed(4, 4, 60), {run(0, 0, 4)}));
+  ASSERT_TRUE(recording.drain().flush(10));
+  ASSERT_EQ(segments().size(), 1u);
+  EXPECT_TRUE(segments()[0].ends_with("000000.moe.open"));
+  EXPECT_EQ(steps_in(blocks()), 10u);
+}
+
+TEST_F(DrainTest, CloseLeavesAClosedSegmentAndNoRing) {
+  std::string ring;
+  {
+    Recording recording(options());
+    ring = recording.ring().path();
+    const auto layers = test::bind_layers(recording.steps(), 2, 60, 4);
+    test::record_step(recording.steps(), layers, Routed(4, 4, 60), {run(0, 0, 4)});
+    EXPECT_TRUE(fs::exists(ring));
+  }
+  EXPECT_FALSE(fs::exists(ring));
+  ASSERT_EQ(segments().size(), 1u);
+  EXPECT_TRUE(segments()[0].ends_with("000000.moe"));
+}
+
+TEST_F(DrainTest, NothingRecordedMakesNoSegment) {
+  { Recording recording(options()); }
+  EXPECT_TRUE(segments().empty());
+}
+
+TEST_F(DrainTest, LossesAloneAreWrittenDown) {
+  {
+    Recording recording(options());
+    const auto layers = test::bind_layers(recording.steps(), 1, 60, 4);
+    const RowSpan span{0, 4};
+    recording.steps().begin_step({&span, 1});
+    recording.steps().abort_step();
+  }
+  const auto all = blocks();
+  ASSERT_EQ(all.size(), 1u);
+  EXPECT_EQ(all[0].header.steps, 0u);
+  EXPECT_EQ(all[0].cell(EntryField::kLosses, 0, 0, 2), static_cast<uint64_t>(Loss::kAborted));
+}
+
+TEST_F(DrainTest, AStepOfOtherShapesBeginsANewBlock) {
+  {
+    Recording recording(options());
+    auto layers = test::bind_layers(recording.steps(), 2, 60, 4);
+    test::record_step(recording.steps(), layers, Routed(4, 4, 60), {run(0, 0, 4)});
+    test::record_step(recording.steps(), {layers[0]}, Routed(4, 4, 60), {run(0, 0, 4)});
+    test::record_step(recording.steps(), layers, Routed(4, 4, 60), {run(0, 0, 4)});
+    test::record_step(recording.steps(), layers, Routed(4, 4, 60), {run(0, 0, 4)});
+  }
+  const auto all = blocks();
+  ASSERT_EQ(all.size(), 3u);
+  EXPECT_EQ(all[0].header.steps, 1u);
+  EXPECT_EQ(all[1].header.steps, 1u);
+  EXPECT_EQ(all[2].header.steps, 2u);
+  EXPECT_FALSE(all[1].has(EntryField::kIds, 1));
+}
+
+TEST_F(DrainTest, LaneRangesFollowEachOtherWithoutAGap) {
+  {
+    Recording recording(options());
+    const auto layers = test::bind_layers(recording.steps(), 3, 60, 4);
+    for (int i = 0; i < 300; ++i) {
+      const RowSpan span{0, 50};
+      if (i % 10 == 3) {  // aborted in the middle
+        recording.steps().begin_step({&span, 1});
+        recording.steps().record(*layers[0], Routed(50, 4, 60).input());
+        recording.steps().abort_step();
+      } else {
+        test::record_step(recording.steps(), layers, Routed(50, 4, 60), {run(0, 0, 50)});
+      }
+      if (i % 50 == 49) {
+        ASSERT_TRUE(recording.drain().flush(10));
+      }
+    }
+  }
+  uint64_t expected = 1, number = 0;
+  for (const DecodedBlock& block : blocks()) {
+    EXPECT_EQ(block.header.number, number++);
+    EXPECT_EQ(block.cell(EntryField::kLanes, 0, 2, 8), expected);
+    expected = block.cell(EntryField::kLanes, 0, 10, 8) + 1;
+  }
+  EXPECT_EQ(expected, 270 * 4 + 30 * 2 + 1u);
+}
+
+TEST_F(DrainTest, AStepLargerThanTheRingIsStreamedOut) {
+  auto o = options(1 << 20);
+  o.overflow = Overflow::kBlock;
+  const Routed routed(4000, 4, 60);
+  {
+    Recording recording(o);
+    const auto layers = test::bind_layers(recording.steps(), 40, 60, 4);  // 40 layers of 80 KB in a ring of 1 MiB
+    test::record_step(recording.steps(), layers, Routed(4, 4, 60), {run(0, 0, 4)});
+    ASSERT_TRUE(test::record_step(recording.steps(), layers, routed, {run(1, 0, 1000, 69), run(2, 0, 3000, 70)}));
+    test::record_step(recording.steps(), layers, Routed(4, 4, 60), {run(0, 4, 4)});
+  }
+  const auto all = blocks();
+  EXPECT_EQ(steps_in(all), 3u);
+  // The step's planes, from its fragments and the block that completes them.
+  std::map<int, std::map<uint32_t, std::string>> ids;
+  uint32_t fragments = 0;
+  for (const DecodedBlock& block : all) {
+    if (block.header.last_step != 1 || block.header.first_step != 1) continue;
+    if (block.header.kind == BlockKind::kFragment)
+      ++fragments;
+    else
+      EXPECT_EQ(block.header.fragments, fragments);
+    for (const auto& e : block.entries) {
+      if (e.field == EntryField::kIds) ids[e.layer][e.first_row] = block.at(EntryField::kIds, e.layer, e.first_row);
+    }
+  }
+  EXPECT_GT(fragments, 1u);
+  ASSERT_EQ(ids.size(), 40u);
+  for (const auto& [layer, parts] : ids) {
+    std::string whole;
+    for (const auto& [first_row, part] : parts) {
+      EXPECT_EQ(first_row * 4, whole.size());
+      whole += part;
+    }
+    ASSERT_EQ(whole.size(), routed.ids.size());
+    for (size_t i = 0; i < whole.size(); ++i) ASSERT_EQ(whole[i], routed.ids[i]);
+  }
+}
+
+TEST_F(DrainTest, SegmentsAreBoundedAndOldOnesGo) {
+  auto o = options();
+  o.overflow = Overflow::kBlock;
+  o.drain.segment_bytes = 50'000;
+  o.drain.max_bytes = 200'000;
+  {
+    Recording recording(o);
+    const auto layers = test::bind_layers(recording.steps(), 4, 60, 4);
+    std::mt19937 random(1);
+    Routed routed(500, 4, 60);
+    for (int i = 0; i < 300; ++i) {
+      for (auto& id : routed.ids) id = static_cast<int32_t>(random() % 60);
+      test::record_step(recording.steps(), layers, routed, {run(0, 0, 500)});
+    }
+  }
+  uint64_t total = 0;
+  for (const std::string& path : segments()) total += fs::file_size(path);
+  EXPECT_LE(total, 250'000u);  // the bound, to one segment
+  EXPECT_GT(segments().size(), 1u);
+  EXPECT_FALSE(segments()[0].ends_with("000000.moe"));
+}
+
+TEST_F(DrainTest, AnUnwritableDirectoryCostsCountedStepsAndIsSaidOnce) {
+  auto o = options();
+  Recording recording(o);
+  const auto layers = test::bind_layers(recording.steps(), 2, 60, 4);
+  fs::rename(rank, rank + "-gone");
+  for (int i = 0; i < 3; ++i) {
+    ASSERT_TRUE(test::record_step(recording.steps(), layers, Routed(4, 4, 60), {run(0, 0, 4)}));
+    ASSERT_TRUE(recording.drain().flush(10));
+  }
+  EXPECT_EQ(recording.ring().losses(Loss::kIoError).steps, 3u);
+  EXPECT_EQ(recording.ring().losses(Loss::kIoError).rows, 12u);
+  const auto texts = recording.messages().take();
+  ASSERT_EQ(texts.size(), 1u);
+  EXPECT_NE(texts[0].find(rank), std::string::npos);
+  // It comes back: recording resumes, and the loss is in the trace.
+  fs::rename(rank + "-gone", rank);
+  std::this_thread::sleep_for(std::chrono::milliseconds(1100));
+  ASSERT_TRUE(test::record_step(recording.steps(), layers, Routed(4, 4, 60), {run(0, 0, 4)}));
+  ASSERT_TRUE(recording.drain().flush(10));
+  const auto all = blocks();
+  ASSERT_EQ(all.size(), 1u);
+  EXPECT_EQ(steps_in(all), 1u);
+  EXPECT_EQ(all[0].cell(EntryField::kLosses, 0, 2, 8), 3u);
+}
+
+TEST_F(DrainTest, RequestsAreDefinedAgainInEachSegment) {
+  auto o = options();
+  o.overflow = Overflow::kBlock;
+  o.drain.segment_bytes = 20'000;
+  {
+    Recording recording(o);
+    const auto layers = test::bind_layers(recording.steps(), 4, 60, 4);
+    std::mt19937 random(1);
+    for (int i = 0; i < 100; ++i) {
+      Routed routed(100, 4, 60);
+      for (auto& id : routed.ids) id = static_cast<int32_t>(random() % 60);
+      test::record_step(recording.steps(), layers, routed, {run(7, 0, 100)},
+                        i == 0 ? test::note(1, 7, R"({"index":7})") : "", i == 0 ? 1 : 0);
+      if (i % 20 == 19) recording.drain().flush(10);
+    }
+  }
+  ASSERT_GT(segments().size(), 2u);
+  for (const std::string& path : segments()) {
+    const auto all = test::decode_segment(path);
+    EXPECT_EQ(all[0].at(EntryField::kNotes), "{\"index\":7}\n") << path;
+    for (size_t i = 1; i < all.size(); ++i) EXPECT_FALSE(all[i].has(EntryField::kNotes)) << path;
+  }
+}
+
+}  // namespace
+}  // namespace moe_native

@@ -1,0 +1,118 @@
+"""What a person sees: nothing is lost in a pipe, and text from a trace cannot steer the terminal."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+
+from moe_trace import show, summary
+
+
+def example(layers=2, experts=60, **changes):
+    rng = np.random.default_rng(0)
+    counts = [rng.multinomial(20_000, rng.dirichlet(np.full(experts, 3.0))) for _ in range(layers)]
+    objects = [
+        {"layer": i, "name": f"layers.{i}", "experts": experts, "top_k": 4, "status": "exact"}
+        | summary.of_layer(c, 5000, 0)
+        for i, c in enumerate(counts)
+    ]
+    entries = [{"layer": i, "name": "", "detail": ""} for i in range(layers)]
+    return {
+        "path": "a/trace",
+        "model": "a-model",
+        "state": "closed",
+        "complete": True,
+        "losses": [],
+        "problems": [],
+        "coverage": {"exact": entries, "derived": [], "missed": [], "skipped": []},
+        "runs": 1,
+        "ranks": 1,
+        "first_time": "2026-11-21T10:15:00Z",
+        "last_time": "2026-11-21T10:15:42Z",
+        "selection": {"layers": None, "phase": None, "since": None},
+        "layers": objects,
+        "all": summary.of_all(objects, counts),
+    } | changes
+
+
+def printed(of, watched=False, columns=80):
+    stream = io.StringIO()
+    stream.isatty = lambda: watched
+    out = show.console(stream)
+    if watched:
+        out.width = columns
+    show.summary(out, of)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(1, 8), (24, 60), (61, 512)])
+def test_every_number_is_in_the_table(layers, experts):
+    of = example(layers, experts)
+    text = printed(of)
+    assert "\x1b" not in text and "…" not in text
+    rows = {int(line.split()[0]): line.split() for line in text.splitlines() if line[:5].strip().isdigit()}
+    assert sorted(rows) == list(range(layers))
+    for layer in of["layers"]:
+        words = rows[layer["layer"]]
+        assert words[1] == "5,000"
+        for entry, expert, share in zip(layer["top"], words[2:8:2], words[3:8:2], strict=True):
+            assert (int(expert), share) == (entry["expert"], f"{100 * entry['share']:.2f}%")
+        assert words[8:] == [
+            f"{layer['normalized_entropy']:.4f}",
+            f"{layer['imbalance']:.2f}",
+            f"{layer['dead_experts']}/{experts}",
+        ]
+
+
+def test_it_fits_a_terminal_of_80_columns():
+    lines = printed(example(61, 512), watched=True).splitlines()
+    assert any("max/mean" in line for line in lines) and "…" not in "".join(lines)
+
+
+def test_losses_coverage_and_problems_are_always_said():
+    whole = printed(example())
+    assert "losses    none" in whole and "2 of 2 MoE layers recorded" in whole and "problems  none" in whole
+    missed = [{"layer": i, "name": "", "detail": "a fused kernel"} for i in (5, 6, 7, 9)]
+    of = example(
+        complete=False,
+        state="crashed",
+        losses=[{"cause": "ring_full", "steps": 3, "layers": 0, "rows": 1200}],
+        problems=["000003.moe is torn"],
+    )
+    of["coverage"]["missed"] = missed
+    text = printed(of)
+    assert "crashed: the recording process died, not whole" in text
+    assert "lost      3 steps, 1,200 rows: ring_full" in text
+    assert "2 of 6 MoE layers recorded" in text
+    assert "missed    layer 5-7, 9: a fused kernel" in text
+    assert "problem   000003.moe is torn" in text
+
+
+def test_layers_without_rows_and_odd_layers():
+    of = example()
+    of["layers"][1] |= {"status": "derived", "invalid": 7} | summary.of_layer(np.zeros(60, np.int64), 0, 7)
+    line = next(line for line in printed(of).splitlines() if line.strip().startswith("1 "))
+    assert line.split() == ["1", "0", *"---", "-", "-", "-", "derived", "7"]
+    nothing = example(0)
+    assert "no layer was recorded" in printed(nothing)
+
+
+def test_text_of_a_trace_cannot_steer_the_terminal():
+    of = example(model="\x1b]0;owned\x07[red]x[/red]", problems=["\x1b[2J"])
+    text = printed(of)
+    assert "\x1b" not in text and "\\x1b]0;owned\\x07[red]x[/red]" in text
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"), [([], ""), ([3], "3"), ([0, 1], "0-1"), ([9, 4, 5, 6, 7, 0, 0], "0, 4-7, 9")]
+)
+def test_ranges(numbers, text):
+    assert show.ranges(numbers) == text
+
+
+def test_progress_is_silent_in_a_pipe(capsys):
+    with show.progress("work", 10) as advance:
+        advance(10)
+    assert capsys.readouterr() == ("", "")
