@@ -11,11 +11,11 @@ if importlib.util.find_spec("torch") is None:
     )
 if importlib.util.find_spec("moe_native._C") is None:
     raise ImportError(
-        "this is the reading half of moe-native, built without its recorder. To read traces, import moe_trace; to record, "
-        "install torch and then moe-native with --no-build-isolation and without MOE_NATIVE_READER_ONLY."
+        "this is the reading half of moe-native, built without its recorder. To read traces, import moe_trace; to "
+        "record, install torch and then moe-native with --no-build-isolation and without MOE_NATIVE_READER_ONLY."
     )
 
-from moe_trace import __version__  # noqa: E402
-from moe_native.recorder import Recorder  # noqa: E402
+from moe_native.recorder import Recorder
+from moe_trace import __version__
 
 __all__ = ["Recorder", "__version__"]

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from moe_native import _C
 
 # Beside the extension module, which an editable install keeps elsewhere than this file.
-torch.ops.load_library(str(Path(_C.__file__).with_name("libmoe_native_ops.so")))
+_load_library: Any = torch.ops.load_library
+_load_library(str(Path(_C.__file__).with_name("libmoe_native_ops.so")))
 
-#: The tensor that the op mutates in name, so that no compiler drops, merges or moves the call. One for the process, never freed:
-#: compiled graphs hold it.
+#: The tensor that the op mutates in name, so that no compiler drops, merges or moves the call. One for the process,
+#: never freed: compiled graphs hold it.
 state: torch.Tensor = torch.zeros(8, dtype=torch.int64)
 
-#: Goes into vLLM's compile-cache key: a graph that was cached without the op, or with another schema of it, must not be used.
+#: Goes into vLLM's compile-cache key: a graph that was cached without the op, or with another schema of it, must not be
+#: used.
 SCHEMA_VERSION = "record-1"
 
 

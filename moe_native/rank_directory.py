@@ -12,7 +12,8 @@ from typing import Any
 
 
 def make_rank_directory(trace: Path, rank: str, run: str | None = None) -> Path:
-    """Make `TRACE/run-<utc>-<pid>/<rank>`, all of it mode 0700, and return it. `run` names the run instead, for ranks that share one.
+    """Make `TRACE/run-<utc>-<pid>/<rank>`, all of it mode 0700, and return it. `run` names the run instead, for ranks
+    that share one.
 
     Raises:
         OSError: a directory cannot be made.
@@ -36,7 +37,8 @@ def make_rank_directory(trace: Path, rank: str, run: str | None = None) -> Path:
 
 
 class RankFile:
-    """`rank.json`: who records what, and where the ring lies. Replaced as a whole, so that a reader never sees half of it."""
+    """`rank.json`: who records what, and where the ring lies. Replaced as a whole, so that a reader never sees half of
+    it."""
 
     def __init__(self, directory: Path, owner: dict[str, Any]) -> None:
         self.path = directory / "rank.json"

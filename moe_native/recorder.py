@@ -7,21 +7,21 @@ import contextlib
 import json
 import logging
 import platform
-import struct
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import moe_trace
 import numpy as np
 import numpy.typing as npt
 import torch
 
+import moe_trace
 from moe_native import _C, ops
+from moe_native.notes import Notes
 from moe_native.rank_directory import RankFile, make_rank_directory
-from moe_native.runs import RUN_DTYPE, UNKNOWN, join_rows, row_class
+from moe_native.runs import UNKNOWN, join_rows, one_per_row, row_class
 
 __all__ = ["FIELDS", "Recorder"]
 
@@ -29,10 +29,6 @@ log = logging.getLogger("moe_native")
 
 FIELDS = {"ids": 1, "weights": 2, "logits": 4, "hidden": 8, "tokens": 16}
 _MIB = 1 << 20
-_NOTE = struct.Struct("<III")
-_NOTE_REQUEST, _NOTE_ENDED, _NOTE_LINE = 1, 2, 3
-#: Requests that nobody declares finished are forgotten beyond this many; one that comes back gets a new index and keeps its name.
-_MOST_REQUESTS = 1 << 16
 
 
 class Recorder:
@@ -45,15 +41,19 @@ class Recorder:
             with recorder.step(requests=["a", "b"], positions=[range(0, 5), range(0, 7)]):
                 ...  # in the router: recorder.record(binding, topk_ids, topk_weights)
 
-    For a transformers model, `moe_native.hf.attach(model, recorder)` does the binding and the steps; in vLLM the plugin does.
+    For a transformers model, `moe_native.hf.attach(model, recorder)` does the binding and the steps; in vLLM the plugin
+    does.
 
     Args:
         path: the trace's directory; made if it is missing. A trace may hold many runs: each recorder adds one.
-        fields: what to store of `ids`, `weights`, `logits`, `hidden` (the router's input) and `tokens` (token ids). `ids` is always stored.
+        fields: what to store of `ids`, `weights`, `logits`, `hidden` (the router's input) and `tokens` (token ids).
+            `ids` is always stored.
         layers: the layers to record (the model's own indices); None for all that are bound.
-        max_bytes: bound on the whole trace directory: the oldest closed segments are deleted to keep it. None for no bound.
+        max_bytes: bound on the whole trace directory: the oldest closed segments are deleted to keep it. None for no
+            bound.
         ring_bytes: size of the ring in memory. Half of it should hold the largest step; a larger step is streamed out.
-        overflow: `"drop"`: a step that finds no room is not recorded, and counted; `"block"`: the model waits, nothing is lost.
+        overflow: `"drop"`: a step that finds no room is not recorded, and counted; `"block"`: the model waits, nothing
+            is lost.
         weights_dtype: `"float16"`, or `"exact"` to store weights as the router gave them.
         flush_seconds: how old the newest rows in the segment files may get.
         segment_bytes: size at which a segment is closed; None chooses 64 MiB, less when `max_bytes` is small.
@@ -134,10 +134,7 @@ class Recorder:
             "layers": self._ledger,
         }
         self._metadata_stale = False
-        self._requests: dict[str, int] = {}
-        self._next_request = 0
-        self._notes: list[bytes] = []
-        self._note_limit = ring_bytes // lanes // 8
+        self._notes = Notes(limit=ring_bytes // lanes // 8)
         self._closed = False
         self._write_metadata(
             {"ring": {"path": self._core.ring_path, "id": f"{self._core.ring_id:016x}"}}, metadata or {}
@@ -202,37 +199,23 @@ class Recorder:
     # Requests.
 
     def request(self, id: str, **info: Any) -> int:
-        """The index of a request for `runs`. `info` (such as `prompt_len`) travels with the next step; given again, it replaces the old."""
-        index = self._requests.get(id)
-        if index is None:
-            index = self._next_request
-            self._next_request = (index + 1) % UNKNOWN
-            self._requests[id] = index
-            if len(self._requests) > _MOST_REQUESTS:
-                self.finish(next(iter(self._requests)))
-        elif not info:
-            return index
-        self._add_note(_NOTE_REQUEST, index, {"type": "request", "index": index, "id": id, **info})
-        return index
+        """The index of a request for `runs`. `info` (such as `prompt_len`) travels with the next step; given again, it
+        replaces the old."""
+        return self._notes.request(id, info)
 
     def finish(self, id: str) -> None:
         """The request has ended: nothing more will be said of it under this index."""
-        index = self._requests.pop(id, None)
-        if index is not None:
-            self._notes.append(_NOTE.pack(_NOTE_ENDED, index, 0))
+        self._notes.finish(id)
 
     def amend(self, step: int, row: int, count: int, flags: Sequence[str]) -> None:
         """A late fact about rows of an earlier step: `flags` of `recomputed`, `rejected`, `superseded`, `discarded`."""
-        self._add_note(_NOTE_LINE, 0, {"type": "amend", "step": step, "row": row, "count": count, "set": list(flags)})
-
-    def _add_note(self, kind: int, key: int, line: dict[str, Any]) -> None:
-        text = json.dumps(line, separators=(",", ":")).encode()
-        self._notes.append(_NOTE.pack(kind, key, len(text)) + text)
+        self._notes.amend(step, row, count, flags)
 
     # Steps.
 
     def begin_step(self, n_rows: int, spans: Sequence[tuple[int, int]] | None = None) -> bool:
-        """Open a step of `n_rows` real rows. `spans` says which rows of each layer's tensors they are, as `(start, count)`; None: the first.
+        """Open a step of `n_rows` real rows. `spans` says which rows of each layer's tensors they are, as `(start,
+        count)`; None: the first.
 
         Returns:
             Whether the step is recorded. False is a counted loss (or recording is paused); do not call `end_step` then.
@@ -259,20 +242,12 @@ class Recorder:
         Raises:
             ValueError: the runs do not cover the step's rows. The step stays open: abort it.
         """
-        notes: list[bytes] = []
-        size = 0
-        for (
-            note
-        ) in self._notes:  # many requests at once are spread over steps: a step's own record must fit in the ring
-            if size + len(note) > self._note_limit and notes:
-                break
-            notes.append(note)
-            size += len(note)
+        notes = self._notes.next()
         if tokens is not None:
             tokens = np.ascontiguousarray(tokens, dtype=np.uint32) if "tokens" in self.fields else None
         kept = bool(self._core.end_step(np.ascontiguousarray(runs), tokens, b"".join(notes), len(notes)))
         if kept:
-            del self._notes[: len(notes)]
+            self._notes.delivered(len(notes))
         return kept
 
     def abort_step(self) -> None:
@@ -313,13 +288,14 @@ class Recorder:
         """A forward pass. What the routers record inside belongs to this step; an exception aborts it.
 
         Args:
-            requests: names of the requests in the batch, in the order of their rows. With `positions` one sequence per request, one name
-                per request; with `positions` a flat sequence of ints, one name per row. None: the rows are nobody's.
-            positions: the absolute positions of the rows in their requests: `[[0, 1, 2], [7]]`, `[range(0, 5), range(0, 7)]`, or one int a
-                row; an int array works too. None where they are not known; then `rows` is needed.
+            requests: names of the requests in the batch, in the order of their rows. With `positions` one sequence per
+                request, one name per request; with `positions` a flat sequence of ints, one name per row. None: the
+                rows are nobody's.
+            positions: the absolute positions of the rows in their requests: `[[0, 1, 2], [7]]`, `[range(0, 5), range(0,
+                7)]`, or one int a row; an int array works too. None where they are not known; then `rows` is needed.
             rows: number of rows, where it does not follow from `positions`.
-            prompt_lens: length of each request's prompt, by name; rows below it are prefill, the others decode. A request that is not
-                named has rows of unknown phase.
+            prompt_lens: length of each request's prompt, by name; rows below it are prefill, the others decode. A
+                request that is not named has rows of unknown phase.
             tokens: `[rows]` token ids, for the field `tokens`.
             modality: of all these rows.
             spans: which rows of the routers' tensors are real, as `(start, count)`; None: the first.
@@ -327,7 +303,7 @@ class Recorder:
         Yields:
             Whether the step is recorded.
         """
-        names, flat = _one_per_row(requests, positions, rows)
+        names, flat = one_per_row(requests, positions, rows)
         runs = self._runs(names, flat, prompt_lens or {}, modality)
         admitted = self.begin_step(len(flat), spans)
         try:
@@ -340,28 +316,33 @@ class Recorder:
             raise
 
     def _runs(
-        self, names: list[str] | None, positions: npt.NDArray[np.uint32], prompt_lens: Mapping[str, int], modality: str
+        self,
+        names: list[str] | None,
+        positions: npt.NDArray[np.uint32],
+        prompt_lens: Mapping[str, int],
+        modality: str,
     ) -> npt.NDArray[np.void]:
         rows = len(positions)
         if names is None:
             classes = np.full(rows, row_class("unknown", modality, False), np.uint16)
             return join_rows(np.full(rows, UNKNOWN, np.uint32), positions, classes)
         index: dict[str, int] = {}
-        for name in names:
-            if name not in index:
-                known = {"prompt_len": int(prompt_lens[name])} if name in prompt_lens else {}
-                index[name] = self._requests[name] if name in self._requests else self.request(name, **known)
+        for name in dict.fromkeys(names):
+            known = self._notes.known(name)
+            info = {"prompt_len": int(prompt_lens[name])} if name in prompt_lens else {}
+            index[name] = self.request(name, **info) if known is None else known
         requests = np.fromiter((index[name] for name in names), np.uint32, rows)
         prompts = np.fromiter((prompt_lens.get(name, -1) for name in names), np.int64, rows)
         unknown, prefill, decode = (row_class(phase, modality, True) for phase in ("unknown", "prefill", "decode"))
-        known = (prompts >= 0) & (positions != UNKNOWN)
-        classes = np.where(known, np.where(positions < prompts, prefill, decode), unknown).astype(np.uint16)
+        told = (prompts >= 0) & (positions != UNKNOWN)
+        classes = np.where(told, np.where(positions < prompts, prefill, decode), unknown).astype(np.uint16)
         return join_rows(requests, positions, classes)
 
     # Life and death.
 
     def counters(self) -> dict[str, Any]:
-        """What happened so far: steps begun and committed, losses by cause (`lost`), time waited, bytes, the drain thread's CPU seconds."""
+        """What happened so far: steps begun and committed, losses by cause (`lost`), time waited, bytes, the drain
+        thread's CPU seconds."""
         return dict(self._core.counters())
 
     def flush(self, timeout: float = 30.0) -> None:
@@ -404,14 +385,16 @@ class Recorder:
             return f"<moe_native.Recorder of the parent process {self.directory}>"
         c = self.counters()
         state = "closed" if self._closed else "recording"
-        return f"<moe_native.Recorder {state} {self.directory}: {c['steps_committed']} steps, {c['rows_written']} rows written>"
+        steps, rows = c["steps_committed"], c["rows_written"]
+        return f"<moe_native.Recorder {state} {self.directory}: {steps} steps, {rows} rows written>"
 
     def _log_messages(self) -> None:
         for text in self._core.take_messages():
             log.warning("moe_native: %s", text)
 
     def _recover_dead_runs(self) -> None:
-        """Fold the rings that crashed runs of this trace left into their segments. Recording must go on whatever is found there."""
+        """Fold the rings that crashed runs of this trace left into their segments. Recording must go on whatever is
+        found there."""
         if not self.path.is_dir():
             return
         try:
@@ -430,40 +413,3 @@ def _close_at_exit(recorder: Recorder) -> Any:
 
     atexit.register(close)
     return close
-
-
-def _one_per_row(
-    requests: Sequence[str] | None, positions: Any, rows: int | None
-) -> tuple[list[str] | None, npt.NDArray[np.uint32]]:
-    """Names and positions of the rows, one each."""
-    if positions is None:
-        count = rows if rows is not None else len(requests) if requests is not None else None
-        if count is None:
-            raise ValueError("how many rows does the step have? Give positions, or rows")
-        flat, per_request = np.full(count, UNKNOWN, np.uint32), None
-    elif len(positions) > 0 and np.ndim(positions[0]) == 1:
-        parts = [_positions(part) for part in positions]
-        flat, per_request = np.concatenate(parts), [len(part) for part in parts]
-    else:
-        flat, per_request = _positions(positions), None
-    if rows is not None and rows != len(flat):
-        raise ValueError(f"rows={rows}, but there are {len(flat)} positions")
-    if requests is None:
-        return None, flat
-    if isinstance(requests, str):
-        raise ValueError("requests is a sequence of names: write [name]")
-    names = [str(name) for name in requests]
-    if per_request is not None:
-        if len(names) != len(per_request):
-            raise ValueError(f"{len(names)} requests, but positions for {len(per_request)}")
-        names = [name for name, count in zip(names, per_request, strict=True) for _ in range(count)]
-    elif len(names) != len(flat):
-        raise ValueError(f"{len(names)} requests for {len(flat)} rows: give one name a row, or positions by request")
-    return names, flat
-
-
-def _positions(values: Any) -> npt.NDArray[np.uint32]:
-    array = np.asarray(values, dtype=np.int64)
-    if array.ndim != 1 or (array.size and (array.min() < 0 or array.max() >= UNKNOWN)):
-        raise ValueError("positions are whole numbers from 0 to 4294967294, in one dimension")
-    return array.astype(np.uint32)

@@ -1,6 +1,10 @@
-"""Runs: whose rows a step has. A run is consecutive rows of one request at consecutive positions (csrc/FORMAT.md, "runs")."""
+"""Runs: whose rows a step has. A run is consecutive rows of one request at consecutive positions (csrc/FORMAT.md,
+"runs")."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,3 +57,47 @@ def join_rows(
     runs["count"] = np.diff(np.append(starts, rows))
     runs["cls"] = classes[starts]
     return runs
+
+
+def one_per_row(
+    requests: Sequence[str] | None, positions: Any, rows: int | None
+) -> tuple[list[str] | None, npt.NDArray[np.uint32]]:
+    """Names and positions of a step's rows, one each, from the forms that `Recorder.step` takes.
+
+    Returns:
+        `[rows]` names, or None for nobody's; `[rows]` positions, `UNKNOWN` where not known.
+
+    Raises:
+        ValueError: they do not fit together, or do not say how many rows there are.
+    """
+    if positions is None:
+        count = rows if rows is not None else len(requests) if requests is not None else None
+        if count is None:
+            raise ValueError("how many rows does the step have? Give positions, or rows")
+        flat, per_request = np.full(count, UNKNOWN, np.uint32), None
+    elif len(positions) > 0 and np.ndim(positions[0]) == 1:
+        parts = [_positions(part) for part in positions]
+        flat, per_request = np.concatenate(parts), [len(part) for part in parts]
+    else:
+        flat, per_request = _positions(positions), None
+    if rows is not None and rows != len(flat):
+        raise ValueError(f"rows={rows}, but there are {len(flat)} positions")
+    if requests is None:
+        return None, flat
+    if isinstance(requests, str):
+        raise ValueError("requests is a sequence of names: write [name]")
+    names = [str(name) for name in requests]
+    if per_request is not None:
+        if len(names) != len(per_request):
+            raise ValueError(f"{len(names)} requests, but positions for {len(per_request)}")
+        names = [name for name, count in zip(names, per_request, strict=True) for _ in range(count)]
+    elif len(names) != len(flat):
+        raise ValueError(f"{len(names)} requests for {len(flat)} rows: give one name a row, or positions by request")
+    return names, flat
+
+
+def _positions(values: Any) -> npt.NDArray[np.uint32]:
+    array = np.asarray(values, dtype=np.int64)
+    if array.ndim != 1 or (array.size and (array.min() < 0 or array.max() >= UNKNOWN)):
+        raise ValueError("positions are whole numbers from 0 to 4294967294, in one dimension")
+    return array.astype(np.uint32)

@@ -120,12 +120,16 @@ class FileBlock(Block):
         parts: offset and header of each fragment, in order, and of the rows block, last.
         complete: False for fragments that no rows block completes.
         path: of the segment, for messages.
+        lacking: whether some of its fragments were damaged and are not among the parts.
     """
 
-    def __init__(self, data: memoryview, parts: list[tuple[int, Any]], complete: bool = True, path: Path | str = "") -> None:
+    def __init__(
+        self, data: memoryview, parts: list[tuple[int, Any]], complete: bool = True, *, path: Path, lacking: bool = False
+    ) -> None:
         self._data = data
         self._parts = parts
         self._path = path
+        self._in_pieces = lacking or len(parts) > 1 or not complete
         head = parts[-1][1]
         self.first_step, self.last_step = int(head["first_step"]), int(head["last_step"])
         self.first_time_ns, self.last_time_ns = int(head["first_time_ns"]), int(head["last_time_ns"])
@@ -146,10 +150,6 @@ class FileBlock(Block):
     @_named
     def _directory(self) -> list[tuple[int, npt.NDArray[Any]]]:
         return [(offset, read_directory(self._data, offset, head)) for offset, head in self._parts]
-
-    @property
-    def _in_pieces(self) -> bool:
-        return len(self._parts) > 1 or not self.complete
 
     def _pieces(self, field: int, layer: int) -> list[list[Plane]]:
         """The planes of a column, those of the same rows together; by row, then byte. Raises DamagedTrace where they do not fit."""

@@ -11,7 +11,8 @@ The object (`"format": "moe-native info"`, `"version": 1`; later versions may ad
 | `layer_rows` | rows of layers: the sum over layers of their tokens |
 | `requests` | how many requests have a name |
 | `bytes`, `bytes_per_layer_row` | of all segment files; `bytes / layer_rows`, null without rows |
-| `rank_list` | an object a rank: `run`, `rank`, `state`, `pid`, `ring` (path or null), `bytes`, `segments` |
+| `rank_list` | an object a rank: `run`, `rank`, `state`, `pid`, `ring` (path or null), `ring_steps` and `ring_rows` |
+| | (what a dead process left in its ring and no segment has yet), `bytes`, `segments` |
 
 A segment: `file`, `number`, `bytes`, `closed`, `blocks`, `steps`, `rows`.
 """
@@ -36,7 +37,6 @@ def describe(trace: Trace) -> dict[str, Any]:
     ranks = [_rank(run.name, rank) for run in trace.runs for rank in run.ranks]
     layer_rows = sum(stats.rows for stats in trace.stats().values())
     size = sum(rank["bytes"] for rank in ranks)
-    in_rings = [block for rank in trace.ranks for block in rank.ring_blocks]
     return {
         "format": "moe-native info",
         "version": 1,
@@ -45,8 +45,8 @@ def describe(trace: Trace) -> dict[str, Any]:
         **standing(trace),
         "metadata": {key: value for key, value in trace.metadata.items() if key != "layers"},
         "recorded": _recorded(trace),
-        "steps": sum(segment["steps"] for rank in ranks for segment in rank["segments"]) + len(in_rings),
-        "rows": sum(segment["rows"] for rank in ranks for segment in rank["segments"]) + sum(b.rows for b in in_rings),
+        "steps": sum(rank["ring_steps"] + sum(s["steps"] for s in rank["segments"]) for rank in ranks),
+        "rows": sum(rank["ring_rows"] + sum(s["rows"] for s in rank["segments"]) for rank in ranks),
         "layer_rows": layer_rows,
         "requests": len(trace.requests),
         "bytes": size,
@@ -63,6 +63,8 @@ def _rank(run: str, rank: Rank) -> dict[str, Any]:
         "state": rank.state,
         "pid": rank.owner.get("pid"),
         "ring": None if rank.ring_path is None else str(rank.ring_path),
+        "ring_steps": len(rank.ring_blocks),
+        "ring_rows": sum(block.rows for block in rank.ring_blocks),
         "bytes": sum(segment["bytes"] for segment in segments),
         "segments": segments,
     }

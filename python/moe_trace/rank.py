@@ -16,10 +16,12 @@ import numpy.typing as npt
 from moe_trace import format as fmt
 from moe_trace import ring as rings
 from moe_trace.block import Block, FileBlock
-from moe_trace.errors import DamagedTrace, TraceError
-from moe_trace.ring import Piece, RingBlock
-from moe_trace.segment import Segment, open_or_none
+from moe_trace.errors import DamagedTrace, TraceError, TraceNotFound
+from moe_trace.ring import RingBlock
+from moe_trace.segment import Segment
 from moe_trace.statistics import LayerStats
+
+_INCOMPLETE = fmt.CAUSES.index("incomplete")
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,13 @@ class Rank:
         self.name = directory.name
         self._only = only
         self._problems: list[str] = []
+        self.errors: list[TraceError] = []  #: why segments could not be opened, once `segments` was asked for
         self.file = self._read_rank_file()
         # What a recovery could not save stays said.
-        self._problems += [text for text in self.file.get("problems") or () if isinstance(text, str)]
-        owner = self.file.get("owner") if isinstance(self.file.get("owner"), dict) else {}
-        self.owner: dict[str, Any] = owner or {}
+        said = self.file.get("problems")
+        self._problems += [text for text in said if isinstance(text, str)] if isinstance(said, list) else []
+        owner = self.file.get("owner")
+        self.owner: dict[str, Any] = owner if isinstance(owner, dict) else {}
         self.closed = bool(self.file.get("closed"))
         self.live = not self.closed and bool(self.owner) and self._owner_lives()
 
@@ -105,14 +109,23 @@ class Rank:
     def segments(self) -> list[Segment]:
         """Its segments, in order; those that retention deleted meanwhile are left out."""
         paths = [self._only] if self._only else segment_paths(self.directory)
-        found = []
-        for path in paths:
-            segment = open_or_none(path, self.live, self._problems)
-            if segment is None and path.suffix == ".open":  # closed, and so renamed, since the directory was listed
-                segment = open_or_none(path.with_suffix(""), self.live, self._problems)
-            if segment is not None:
-                found.append(segment)
-        return found
+        return [segment for path in paths if (segment := self._open(path)) is not None]
+
+    def _open(self, path: Path) -> Segment | None:
+        """A segment, or None where it is gone (retention) or unreadable, which is then a problem."""
+        # A name that ends in .open may have lost that ending since the directory was listed.
+        for name in (path, path.with_suffix("")) if path.suffix == ".open" else (path,):
+            try:
+                return Segment(name, self.live)
+            except TraceNotFound:
+                continue
+            except TraceError as error:
+                # Of a process that lives, or died, in the first moments of a segment.
+                empty = path.suffix == ".open" and path.exists() and path.stat().st_size < fmt.SUPERBLOCK.itemsize
+                if not empty:
+                    self.errors.append(error)
+                return None
+        return None
 
     @property
     def state(self) -> str:
@@ -140,11 +153,10 @@ class Rank:
         except (OSError, TraceError) as error:
             self._problems.append(f"the ring of {self.directory} cannot be read: {error}")
             return None
-        expected = self.file.get("ring", {}).get("id")
-        if isinstance(expected, str) and expected != f"{ring.id:016x}":
-            self._problems.append(f"{path} is not the ring of {self.directory}; what was in it is lost")
+        if self.file["ring"].get("id") != f"{ring.id:016x}" or ring.owned:
+            self._problems.append(f"{path} is not the ring of {self.directory}, but another's; what was in its own is lost")
             return None
-        return None if ring.owned else ring
+        return ring
 
     @cached_property
     def _file_blocks(self) -> list[FileBlock]:
@@ -164,54 +176,61 @@ class Rank:
         for block in reversed(self._file_blocks):
             for lane in block.lanes:
                 written[int(lane["lane"])] = max(written.get(int(lane["lane"]), 0), int(lane["last"]))
-            if block.complete and len(block.steps):
+            if block.complete and block.rows:
                 after_step = max(after_step, block.last_step)
             if len(written) == self.ring.lanes and after_step >= 0:
                 break
-        fragments: tuple[int, list[Piece]] = (-1, [])
-        if self._file_blocks and not self._file_blocks[-1].complete:
-            cut = self._file_blocks[-1]
-            fragments = cut.first_step, [Piece(*piece) for piece in cut.pieces()]
         exact = self.metadata.get("weights_dtype") == "exact"
-        blocks = self.ring.blocks(written, after_step, exact, fragments)
-        last = self.ring.last_sequences(written)
-        taken = {lane: (written.get(lane, 0) + 1, end) for lane, end in last.items() if end > written.get(lane, 0)}
-        return blocks, taken
+        cut = self.cut_step
+        blocks = self.ring.blocks(written, after_step, exact, (cut.first_step, cut.pieces()) if cut else (-1, ()))
+        taken = {lane: self.ring.chain(lane, written.get(lane, 0)) for lane in range(self.ring.lanes)}
+        return blocks, {lane: (records[0].sequence, records[-1].sequence) for lane, records in taken.items() if records}
 
     @property
-    def cut_step_is_in_ring(self) -> bool:
-        """Whether the fragments that end the last segment belong to a step that the ring has the rest of, or that it says was given up."""
-        if not self._file_blocks or self._file_blocks[-1].complete or self.ring is None:
-            return False
-        cut = self._file_blocks[-1].first_step
-        rest = self.ring_blocks
-        return cut in self.ring.aborted or (bool(rest) and rest[0].first_step == cut)
+    def cut_step(self) -> FileBlock | None:
+        """The fragments with which the last segment ends, of a step that no block completes."""
+        last = self._file_blocks[-1] if self._file_blocks else None
+        return None if last is None or last.complete or self.segments[-1].closed else last
+
+    @property
+    def cut_step_was_aborted(self) -> bool:
+        """Whether the ring says that the program gave that step up."""
+        return self.cut_step is not None and self.ring is not None and self.cut_step.first_step in self.ring.aborted
 
     def blocks(self) -> list[Block]:
         """All blocks, in the order of their steps."""
         files: list[Block] = list(self._file_blocks)
-        return (files[:-1] if self.cut_step_is_in_ring else files) + list(self.ring_blocks)
+        rest = list(self.ring_blocks)
+        cut = self.cut_step
+        if cut is not None and (self.cut_step_was_aborted or (rest and rest[0].first_step == cut.first_step)):
+            files.pop()  # what the ring has of the step includes what the fragments have
+        return files + rest
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
         """What ran: of rank.json, or of the newest segment where that is missing."""
         metadata = self.file.get("metadata")
-        if isinstance(metadata, dict):
+        if isinstance(metadata, dict) and metadata:
             return metadata
         return self.segments[-1].metadata if self.segments else {}
 
     @cached_property
     def losses(self) -> dict[int, tuple[int, int, int]]:
         """Totals since the start of the run by cause: steps, layers, rows."""
-        tables = [self.ring.losses] if self.ring is not None else [s.losses for s in self.segments[-1:]]
-        found = {
-            int(t["cause"]): (int(t["steps"]), int(t["layers"]), int(t["rows"])) for table in tables for t in table
-        }
-        incomplete = sum(getattr(block, "incomplete_layers", 0) for block in self.ring_blocks)
-        if incomplete:
-            steps, layers, rows = found.get(5, (0, 0, 0))
-            found[5] = (steps, layers + incomplete, rows)
+        tables = (self.ring.losses,) if self.ring is not None else (segment.losses for segment in reversed(self.segments))
+        table = next((table for table in tables if table is not None), ())  # the newest has the totals
+        found = {int(loss["cause"]): (int(loss["steps"]), int(loss["layers"]), int(loss["rows"])) for loss in table}
+        for block in self.ring_blocks:
+            if block.incomplete_layers:
+                steps, layers, rows = found.get(_INCOMPLETE, (0, 0, 0))
+                found[_INCOMPLETE] = steps, layers + block.incomplete_layers, rows + block.incomplete_layers * block.rows
         return found
+
+    @cached_property
+    def layers(self) -> frozenset[int]:
+        """The layers that have rows."""
+        found = {layer for segment in self.segments for layer in segment.layers}
+        return frozenset(found | {layer for block in self.ring_blocks for layer in block.layers})
 
     @cached_property
     def _notes(self) -> tuple[dict[int, Request], dict[int, list[tuple[int, int, int]]]]:
@@ -221,7 +240,8 @@ class Rank:
             try:
                 notes = block.notes
             except DamagedTrace as error:
-                self._problems.append(f"notes in {self.directory} are damaged: {error}")
+                if str(error) not in self._problems:
+                    self._problems.append(str(error))
                 continue
             for note in notes:
                 kind = note.get("type")
@@ -247,26 +267,26 @@ class Rank:
 
     @property
     def problems(self) -> list[str]:
-        """What is wrong with what this process wrote; walks through segments that were not closed."""
-        problems = []
-        for segment in self.segments:
-            if not segment.closed:
-                torn = 0 if self.live else segment.torn_bytes
-                if torn and self.ring is None:
-                    problems.append(f"{segment.path} ends in {torn:,} torn bytes: its process died while writing them")
-                if not self.live and not self.file:
-                    problems.append(f"{segment.path} was not closed: what came after its last block is lost")
+        """What is wrong with what this process wrote, as far as it was looked at: of closed segments, their ends and what was read."""
+        segments, ring = self.segments, self.ring
+        problems = [*self._problems, *map(str, self.errors)]
+        for segment in segments:
+            # A torn block's records are still in the ring.
+            if ring is None and not self.live and segment.path.suffix == ".open":
+                torn = segment.torn_bytes
+                problems.append(
+                    f"{segment.path} was not closed: its process died"
+                    + (f", and its last {torn:,} bytes are torn" if torn else "; what it had not yet written is lost")
+                )
             problems += segment.problems
-        numbers = [segment.number for segment in self.segments]
+        numbers = [segment.number for segment in segments]
         if self._only is None and any(b - a != 1 for a, b in zip(numbers, numbers[1:], strict=False)):
             problems.append(f"{self.directory} lacks a segment between others: rows are missing")
         cut = [block.first_step for block in self.ring_blocks if not block.complete]
-        if cut:
-            problems.append(
-                f"the process died inside step {cut[0]} in {self.directory}; its whole layers are kept, unattributed"
-            )
-        _ = self.ring
-        return self._problems + problems
+        if ring is None and self.cut_step is not None:
+            cut.append(self.cut_step.first_step)
+        problems += [f"the process died inside step {n} in {self.directory}: its whole layers are kept, as nobody's" for n in cut]
+        return problems
 
     def add_statistics(self, into: dict[int, LayerStats], wanted: Callable[[int, int], bool]) -> None:
         """Add the totals of everything this process wrote."""
@@ -280,7 +300,8 @@ class Rank:
     def times(self) -> npt.NDArray[np.int64]:
         """First and last start of a step, Unix nanoseconds; empty without steps."""
         indices = [segment.index for segment in self.segments]
-        spans = [(int(i["first_time_ns"]), int(i["last_time_ns"])) for index in indices for i in index if i["steps"]]
+        indices = [index[index["steps"] > 0] for index in indices]
+        spans = [(int(i["first_time_ns"].min()), int(i["last_time_ns"].max())) for i in indices if len(i)]
         spans += [(block.first_time_ns, block.last_time_ns) for block in self.ring_blocks]
         if not spans:
             return np.zeros(0, np.int64)

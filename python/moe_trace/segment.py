@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from moe_trace import format as fmt
 from moe_trace.block import FileBlock, read_header
-from moe_trace.errors import DamagedTrace, NotATrace, TraceError, TraceNotFound
+from moe_trace.errors import DamagedTrace, NotATrace, TraceNotFound
 from moe_trace.statistics import LayerStats, add_groups
 
 
@@ -36,6 +36,7 @@ class Segment:
         self.path = path
         self.live = live
         self.problems: list[str] = []
+        self._has_footer = False
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -53,6 +54,8 @@ class Segment:
         self.run_id = head["run_id"].tobytes().hex()
         self._head = head
         self._footer_at = self._find_footer()
+        if self._footer_at is None and path.suffix == ".moe":
+            self._say(f"the end of {path} is damaged or cut off; its blocks were read one by one")
 
     @property
     def size(self) -> int:
@@ -69,19 +72,18 @@ class Segment:
         if at < fmt.SUPERBLOCK.itemsize:
             return None
         trailer = fmt.struct_at(self._data, at, fmt.TRAILER)
-        if trailer["magic"] != b"MOEFOOT1":
-            return None
-        if zlib.crc32(self._data[at : at + 20]) != int(trailer["crc"]) or int(trailer["file_bytes"]) != len(self._data):
-            self.problems.append(f"the end of {self.path} is damaged; its blocks were read one by one")
-            return None
         offset = int(trailer["footer_offset"])
-        try:
-            if offset >= at or int(read_header(self._data, offset)["kind"]) != fmt.FOOTER_BLOCK:
-                raise DamagedTrace("no footer")
-        except DamagedTrace:
-            self.problems.append(f"the footer of {self.path} is damaged; its blocks were read one by one")
+        if (
+            trailer["magic"] != b"MOEFOOT1"
+            or zlib.crc32(self._data[at : at + 20]) != int(trailer["crc"])
+            or int(trailer["file_bytes"]) != len(self._data)
+            or offset >= at
+        ):
             return None
-        return offset
+        with contextlib.suppress(DamagedTrace):
+            if int(read_header(self._data, offset)["kind"]) == fmt.FOOTER_BLOCK:
+                return offset
+        return None
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
@@ -99,7 +101,7 @@ class Segment:
                 raise ValueError("it is no object")
             return metadata
         except (DamagedTrace, ValueError, RecursionError) as error:
-            self.problems.append(f"the metadata of {self.path} is damaged: {error}")
+            self._say(f"the metadata of {self.path} is damaged: {error}")
             return {}
 
     @cached_property
@@ -110,55 +112,55 @@ class Segment:
         end = self._footer_at if self._footer_at is not None else len(self._data)
         blocks: list[FileBlock] = []
         fragments: list[tuple[int, Any]] = []
-        whole_to = at
+        whole_to = min(at, end)
         while at + fmt.BLOCK.itemsize <= end:
             try:
                 header = read_header(self._data, at)
             except DamagedTrace:
-                resume = self._resynchronise(at, end)
+                resume = self._next_block(at, end)
                 if resume is None:
                     break
-                self.problems.append(
-                    f"{resume - at:,} bytes of {self.path} at {at:,} are damaged; the blocks in them are lost"
-                )
-                at, fragments = resume, []
+                self._say_damaged(at, resume)
+                at = resume
                 continue
             kind = int(header["kind"])
-            if kind == fmt.FOOTER_BLOCK:
+            if kind == fmt.FOOTER_BLOCK:  # a trailer was still to come
+                self._has_footer = True
                 break
+            if fragments and int(fragments[-1][1]["first_step"]) != int(header["first_step"]):
+                self._say_cut_off(int(fragments[-1][1]["first_step"]))
+                self._cut_off(fragments, blocks)
+                fragments = []
             if kind == fmt.FRAGMENT_BLOCK:
-                if fragments and int(fragments[-1][1]["first_step"]) != int(header["first_step"]):
-                    self._orphans(fragments, blocks)
-                    fragments = []
                 fragments.append((at, header))
             elif kind == fmt.ROWS_BLOCK:
-                want = int(header["fragments"])
-                if fragments and (
-                    want != len(fragments) or int(fragments[-1][1]["first_step"]) != int(header["first_step"])
-                ):
-                    self._orphans(fragments, blocks)
-                    fragments = []
-                if want and not fragments:
-                    self.problems.append(
-                        f"step {int(header['first_step'])} in {self.path} lacks a part that is damaged"
-                    )
-                    blocks.append(FileBlock(self._data, [(at, header)], complete=want == 0))
-                else:
-                    # A block of no steps takes its fragments back.
-                    blocks.append(FileBlock(self._data, [*(fragments if int(header["steps"]) else []), (at, header)]))
+                self._add_rows_block(blocks, fragments, (at, header))
                 fragments = []
             at += int(header["block_bytes"])
             whole_to = at
-        self._orphans(fragments, blocks)
+        if self.closed and whole_to < end:
+            self._say_damaged(whole_to, end)
+        if self.closed and fragments:
+            self._say_cut_off(int(fragments[-1][1]["first_step"]))
+        self._cut_off(fragments, blocks)  # if it is not closed, the ring may have the rest
         return blocks, whole_to
 
-    def _orphans(self, fragments: list[tuple[int, Any]], blocks: list[FileBlock]) -> None:
-        if fragments and not self.live:
-            step = int(fragments[-1][1]["first_step"])
-            self.problems.append(f"step {step} in {self.path} was cut off; its whole layers are kept, unattributed")
-            blocks.append(FileBlock(self._data, list(fragments), complete=False))
+    def _add_rows_block(self, blocks: list[FileBlock], fragments: list[tuple[int, Any]], block: tuple[int, Any]) -> None:
+        header, path = block[1], self.path
+        if not int(header["steps"]):  # nothing, or it takes its fragments back
+            blocks.append(FileBlock(self._data, [block], path=path))
+        elif int(header["fragments"]) == len(fragments):
+            blocks.append(FileBlock(self._data, [*fragments, block], path=path))
+        else:
+            # What is left is read as far as it has no gap. Its sums and its step are those of the block, which is whole.
+            self._say(f"{path} lacks a part of step {int(header['first_step'])}: layers with a gap are left out of it")
+            blocks.append(FileBlock(self._data, [*fragments, block], path=path, lacking=True))
 
-    def _resynchronise(self, at: int, end: int) -> int | None:
+    def _cut_off(self, fragments: list[tuple[int, Any]], blocks: list[FileBlock]) -> None:
+        if fragments and not self.live:
+            blocks.append(FileBlock(self._data, list(fragments), complete=False, path=self.path))
+
+    def _next_block(self, at: int, end: int) -> int | None:
         """The next valid block header after damage at `at`, or None."""
         search = at
         while (search := self._map.find(b"MOEB", search + 1, end)) >= 0:
@@ -168,11 +170,23 @@ class Segment:
                     return search
         return None
 
+    def _say_cut_off(self, step: int) -> None:
+        self._say(f"step {step} in {self.path} was cut off: its whole layers are kept, as nobody's")
+
+    def _say_damaged(self, start: int, end: int) -> None:
+        self._say(f"{self.path} is damaged: the blocks in {end - start:,} bytes at byte {start:,} are lost")
+
+    def _say(self, problem: str) -> None:
+        if problem not in self.problems:
+            self.problems.append(problem)
+
     @property
     def torn_bytes(self) -> int:
         """Bytes behind the last whole block that are no block: a write that a crash cut off."""
-        end = self._footer_at if self._footer_at is not None else len(self._data)
-        return end - self.whole_to if any(self._data[self.whole_to : end]) else 0
+        rest = self._data[self.whole_to :]
+        if self.closed or self._has_footer:
+            return 0
+        return len(rest) if bytes(rest).strip(b"\0") else 0
 
     @property
     def blocks(self) -> list[FileBlock]:
@@ -188,7 +202,7 @@ class Segment:
     def _footer(self) -> FileBlock | None:
         if self._footer_at is None:
             return None
-        return FileBlock(self._data, [(self._footer_at, read_header(self._data, self._footer_at))])
+        return FileBlock(self._data, [(self._footer_at, read_header(self._data, self._footer_at))], path=self.path)
 
     @cached_property
     def index(self) -> npt.NDArray[Any]:
@@ -199,24 +213,30 @@ class Segment:
         return np.array([item for block in self.blocks for item in block.index_items], fmt.TABLES[fmt.INDEX])
 
     @property
-    def losses(self) -> npt.NDArray[Any]:
-        """Table *losses* as last written: totals since the start of the run."""
-        last = self._footer or (self.blocks[-1] if self.blocks else None)
-        try:
-            return last.losses if last is not None else np.zeros(0, fmt.TABLES[fmt.LOSSES])
-        except DamagedTrace as error:
-            self.problems.append(f"the losses in {self.path} cannot be read: {error}")
-            return np.zeros(0, fmt.TABLES[fmt.LOSSES])
+    def losses(self) -> npt.NDArray[Any] | None:
+        """Table *losses* as last written: totals since the start of the run. None where no block can tell."""
+        for block in [self._footer] if self._footer is not None else reversed(self.blocks):
+            try:
+                return block.losses
+            except DamagedTrace as error:
+                self._say(str(error))
+        return None
+
+    @cached_property
+    def layers(self) -> frozenset[int]:
+        """The layers that have rows in it."""
+        if self._footer is not None:
+            with contextlib.suppress(DamagedTrace):
+                return frozenset(np.unique(self._footer.statistics_tables()[0]["layer"]).tolist())
+        return frozenset(layer for block in self.blocks for layer in block.layers)
 
     def add_statistics(self, into: dict[int, LayerStats], wanted: Callable[[int, int], bool]) -> None:
         """Add the totals of the whole segment: from its footer, or block by block."""
         if self._footer is not None:
             try:
-                groups, counts = self._footer.statistics_tables()
+                return add_groups(into, *self._footer.statistics_tables(), wanted)
             except DamagedTrace:
-                self.problems.append(f"the footer of {self.path} is damaged; its blocks were read one by one")
-            else:
-                return add_groups(into, groups, counts, wanted)
+                self._say(f"the footer of {self.path} is damaged; its blocks were read one by one")
         for block in self.blocks:
             block.add_statistics(into, wanted)
         return None
@@ -224,13 +244,3 @@ class Segment:
     def __repr__(self) -> str:
         return f"<moe_trace segment {self.path}>"
 
-
-def open_or_none(path: Path, live: bool, problems: list[str]) -> Segment | None:
-    """A segment, or None where it is gone (retention) or unreadable, which is then said in `problems`."""
-    try:
-        return Segment(path, live)
-    except TraceNotFound:
-        return None
-    except TraceError as error:
-        problems.append(str(error))
-        return None

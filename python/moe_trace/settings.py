@@ -48,13 +48,21 @@ def default(name: str) -> str:
     raise KeyError(f"{name} is not a setting of moe_native")
 
 
+def markdown() -> str:
+    """The table of the README."""
+    rows = [f"| `{s.name}` | {s.meaning} | {f'`{s.default}`' if s.default else 'not set'} |" for s in SETTINGS]
+    return "\n".join(["| variable | meaning | default |", "|---|---|---|", *rows])
+
+
 def unknown(environment: Mapping[str, str]) -> dict[str, str | None]:
     """Variables that start like ours and are none of ours, each with the setting that was probably meant (or None)."""
-    known = [setting.name for setting in SETTINGS]
+    known = [setting.name.removeprefix(PREFIX) for setting in SETTINGS]
     strange: dict[str, str | None] = {}
     for name in sorted(environment):
-        if not name.startswith((PREFIX, "MOENATIVE_", "MOE_TRACE_")) or name in known or name in BUILD_VARIABLES:
+        like = next((prefix for prefix in (PREFIX, "MOENATIVE_", "MOE_TRACE_") if name.startswith(prefix)), None)
+        rest = name.removeprefix(like or "")
+        if like is None or (like == PREFIX and rest in known) or name in BUILD_VARIABLES:
             continue
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        strange[name] = near[0] if near else None
+        near = difflib.get_close_matches(rest, known, n=1)  # without the prefix, which would make any two alike
+        strange[name] = PREFIX + near[0] if near else None
     return strange

@@ -105,14 +105,16 @@ def info(out: Console, of: dict[str, Any]) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state")
     for rank in of["rank_list"]:
-        for segment in rank["segments"] or [None]:
-            cells = [_clean(rank["run"]), _clean(rank["rank"])]
-            if segment is None:
-                table.add_row(*cells, *[NOTHING] * 5, rank["state"])
-                continue
+        cells = [_clean(rank["run"]), _clean(rank["rank"])]
+        for segment in rank["segments"]:
             numbers = [f"{segment[key]:,}" for key in ("blocks", "steps", "rows")]
             state = "closed" if segment["closed"] else {"live": "being written"}.get(rank["state"], "not closed")
             table.add_row(*cells, segment["file"], format_bytes(segment["bytes"]), *numbers, state)
+        if rank["ring_steps"]:
+            numbers = [f"{rank['ring_steps']:,}", f"{rank['ring_rows']:,}"]
+            table.add_row(*cells, "in its ring", NOTHING, NOTHING, *numbers, "to be recovered")
+        elif not rank["segments"]:
+            table.add_row(*cells, *[NOTHING] * 5, rank["state"])
     out.print(table)
     out.print()
     for line in _losses_and_coverage(of):
@@ -173,7 +175,7 @@ def _odd(layer: dict[str, Any], key: str) -> bool:
 
 
 def _over_all(whole: dict[str, Any], layers: int) -> Iterator[Text]:
-    if not layers:
+    if layers < 2:
         return
     entropy, imbalance = whole["normalized_entropy"], whole["imbalance"]
     yield _line("")

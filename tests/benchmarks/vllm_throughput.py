@@ -1,6 +1,8 @@
-"""vLLM's throughput with recording on and off: separate processes in interleaved pairs, so that drift of the machine cancels.
+"""vLLM's throughput with recording on and off: separate processes in interleaved pairs, so that drift of the machine
+cancels.
 
-Each process builds an engine, warms it up, and times the same batch of prompts several times; what counts is the ratio within a pair.
+Each process builds an engine, warms it up, and times the same batch of prompts several times; what counts is the ratio
+within a pair.
 """
 
 from __future__ import annotations
@@ -80,9 +82,8 @@ def main() -> None:
     print(f"  recording off  {statistics.median(off) * 1e3 / steps:8.2f} ms a step")
     print(f"  recording on   {statistics.median(on) * 1e3 / steps:8.2f} ms a step")
     ratios = [a / b for a, b in zip(on, off, strict=True)]
-    print(
-        f"  ratio on/off   {statistics.median(ratios):8.4f} (median of {len(ratios)} pairs: {min(ratios):.4f} to {max(ratios):.4f})"
-    )
+    spread = f"median of {len(ratios)} pairs: {min(ratios):.4f} to {max(ratios):.4f}"
+    print(f"  ratio on/off   {statistics.median(ratios):8.4f} ({spread})")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What the golden trace holds, by formula, and a check that a reader sees exactly that: `python check.py TRACE`. Needs no torch."""
+"""What the golden trace holds, by formula, and a check that a reader sees exactly that: `python check.py TRACE`. Needs
+no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ LAST = ([("a", 8, 1)], 4)
 
 
 def routed(step: int, layer: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids int32 `[rows, K]`, weights float32 (exact in float16) and logits float32 `[rows, experts]` of one layer of a step."""
+    """ids int32 `[rows, K]`, weights float32 (exact in float16) and logits float32 `[rows, experts]` of one layer of a
+    step."""
     row, column = np.arange(rows)[:, None], np.arange(K)
     ids = ((row * 7 + layer * 13 + step * 5 + column * 11) % EXPERTS[layer]).astype(np.int32)
     weights = ((row + column + layer + step) % 32 + 1).astype(np.float32) / 64

@@ -1,7 +1,7 @@
 """Makes the golden trace: `python make.py` writes `trace/`, in the format of the day, by the C++ recorder.
 
-The files are committed, so that every later reader is held to what was written once. Make them anew only when the format's version
-changes, beside the old ones. What is in them is given by the formulas of check.py.
+The files are committed, so that every later reader is held to what was written once. Make them anew only when the
+format's version changes, beside the old ones. What is in them is given by the formulas of check.py.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import shutil
 from pathlib import Path
 
 import check
-import moe_native
 import torch
+
+import moe_native
 
 
 def main() -> None:

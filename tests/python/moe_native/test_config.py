@@ -40,7 +40,9 @@ def test_environment() -> None:
 
 def test_additional_config_wins_key_by_key_and_takes_json_types() -> None:
     environment = {"MOE_NATIVE_TRACE": "/a", "MOE_NATIVE_FIELDS": "ids", "MOE_NATIVE_OVERFLOW": "block"}
-    config = Config.parse(environment, {"trace": "/b", "fields": ["weights"], "layers": [3, "5-6"], "max_bytes": 1 << 30})
+    config = Config.parse(
+        environment, {"trace": "/b", "fields": ["weights"], "layers": [3, "5-6"], "max_bytes": 1 << 30}
+    )
     assert config.trace == Path("/b")
     assert config.fields == ("ids", "weights")  # ids are always stored
     assert config.layers == (3, 5, 6)

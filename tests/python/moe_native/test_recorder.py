@@ -74,9 +74,9 @@ def test_padding_is_left_out(tmp_path):
 
 def test_tokens_and_logits(tmp_path):
     tokens = np.array([5, 151_643, 7])
-    with moe_native.Recorder(tmp_path / "t", fields=["logits", "tokens"]) as recorder:
-        with recorder.step(rows=3, tokens=tokens):
-            Program(recorder, 1).forward(3)
+    recorder = moe_native.Recorder(tmp_path / "t", fields=["logits", "tokens"])
+    with recorder, recorder.step(rows=3, tokens=tokens):
+        Program(recorder, 1).forward(3)
     trace = moe_trace.open(tmp_path / "t")
     assert trace.layer(0).tokens.tolist() == tokens.tolist()
     assert np.array_equal(np.sort(np.argsort(-trace.layer(0).logits, 1)[:, :K]), np.sort(trace.layer(0).ids))
@@ -224,13 +224,13 @@ def test_many_requests_at_once_do_not_overflow_a_step(tmp_path):
 
 
 def test_requests_that_nobody_finishes_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("moe_native.recorder._MOST_REQUESTS", 10)
+    monkeypatch.setattr("moe_native.notes.MOST_REQUESTS", 10)
     with moe_native.Recorder(tmp_path / "t") as recorder:
         program = Program(recorder, 1)
         for i in range(50):
             with recorder.step(requests=[f"r{i}", "again"], positions=[0, i]):
                 program.forward(2)
-        assert len(recorder._requests) <= 11
+        assert len(recorder._notes) <= 11
     trace = moe_trace.open(tmp_path / "t")
     assert trace.layer(0).request("again").positions.tolist() == list(range(50))
 
@@ -354,7 +354,8 @@ def test_sigkill_loses_nothing(tmp_path, flush, inside):
 def test_a_forked_child_leaves_the_parents_recording_alone(tmp_path):
     with moe_native.Recorder(tmp_path / "t") as recorder:
         program = Program(recorder)
-        ids, weights = torch.zeros(3, K, dtype=torch.int32), torch.zeros(3, K)  # torch itself does not work after a fork
+        # torch itself does not work after a fork, so these are made before it.
+        ids, weights = torch.zeros(3, K, dtype=torch.int32), torch.zeros(3, K)
         child = os.fork()
         if child == 0:
             with recorder.step(rows=3) as admitted:

@@ -3,47 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import moe_native
 import moe_trace
 import numpy as np
 import pytest
 import torch
+from fake_vllm import Router, Runner, model
 from moe_native.modules import layer_number
 from moe_native.vllm import routers
-
-
-class Router:
-    """As vLLM's BaseRouter."""
-
-    def __init__(self, experts: int = 8, top_k: int = 2) -> None:
-        self.global_num_experts, self.top_k = experts, top_k
-
-    def _compute_routing(
-        self, hidden_states: torch.Tensor, router_logits: torch.Tensor, indices_type: Any, *, input_ids: Any = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, ids = router_logits.softmax(-1).topk(self.top_k, dim=-1, sorted=False)
-        return weights, ids.to(torch.int32)
-
-    def select_experts(self, hidden: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._compute_routing(hidden, logits, None, input_ids=None)
-
-
-class Runner(torch.nn.Module):
-    """As vLLM's MoERunner."""
-
-    def __init__(self, name: str, router: Any, *, monolithic: bool = False, shared: int = 0) -> None:
-        super().__init__()
-        self.layer_name, self.router = name, router
-        self.moe_config = SimpleNamespace(num_logical_experts=8, experts_per_token=2)
-        method = SimpleNamespace(is_monolithic=monolithic)
-        self.routed_experts = SimpleNamespace(quant_method=method, num_fused_shared_experts=shared)
-
-
-def model(*runners: torch.nn.Module) -> torch.nn.Module:
-    return torch.nn.ModuleList([torch.nn.Linear(2, 2), *runners])
 
 
 def test_layers_are_found_in_module_order_with_their_own_numbers() -> None:
@@ -117,9 +85,15 @@ def test_the_hook_records_what_the_router_chose_and_changes_nothing(compile: boo
     found = routers.find(model(Runner("layers.4.mlp", router)), torch.device("cpu"))
     torch.manual_seed(0)
     hidden, logits = torch.randn(5, 3), torch.randn(5, 8)
-    with moe_native.Recorder(tmp_path, fields=("ids", "weights", "logits", "hidden"), weights_dtype="exact") as recorder:
+    with moe_native.Recorder(
+        tmp_path, fields=("ids", "weights", "logits", "hidden"), weights_dtype="exact"
+    ) as recorder:
         assert routers.bind(found, recorder, 0) == 1
-        select = torch.compile(router.select_experts, fullgraph=True, backend="aot_eager") if compile else router.select_experts
+        select = (
+            torch.compile(router.select_experts, fullgraph=True, backend="aot_eager")
+            if compile
+            else router.select_experts
+        )
         select(hidden, logits)  # no step is open
         with recorder.step(rows=5):
             weights, ids = select(hidden, logits)

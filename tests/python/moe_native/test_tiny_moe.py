@@ -40,7 +40,9 @@ def test_the_bound_of_the_proof_holds_in_the_demo_model() -> None:
 def test_the_seed_decides_everything() -> None:
     tokenizer = tiny_moe.make_tokenizer()
     first, second, other = (tiny_moe.make_model(tokenizer, layers=1, seed=seed) for seed in (5, 5, 6))
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 

@@ -69,7 +69,9 @@ def off(engine: Engine, checkpoint: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def compiled(engine: Engine, checkpoint: Path, off: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+def compiled(
+    engine: Engine, checkpoint: Path, off: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Recorded:
     path = tmp_path_factory.mktemp("compiled") / "trace"
     return Recorded(path, engine(job(checkpoint), MOE_NATIVE_TRACE=str(path), MOE_NATIVE_FIELDS=ALL_FIELDS))
 
@@ -180,7 +182,9 @@ def test_ids_and_weights_are_those_of_transformers(
         tolerance = {"rtol": 2e-4, "atol": 1e-7} if exact else {"rtol": 2**-11 + 2e-4, "atol": 2**-24}
         np.testing.assert_allclose(weights, np.take_along_axis(probabilities, ids, axis=-1), **tolerance)
     with capsys.disabled():
-        print(f"\n  {rows_checked} rows x layers as in transformers, {near_ties} near-ties (margin < {NEAR_TIE})", end="")
+        print(
+            f"\n  {rows_checked} rows x layers as in transformers, {near_ties} near-ties (margin < {NEAR_TIE})", end=""
+        )
     assert near_ties < rows_checked / 100
 
 
@@ -204,10 +208,18 @@ def test_recorded_hidden_states_are_the_routers_input(checkpoint: Path, with_all
         np.testing.assert_allclose(rows.hidden @ gate.detach().numpy().T, rows.logits, atol=1e-4)
 
 
-def test_compiled_graphs_of_a_run_without_recording_are_not_used_with_it(off: dict[str, Any], compiled: Recorded) -> None:
+def test_compiled_graphs_of_a_run_without_recording_are_not_used_with_it(
+    off: dict[str, Any], compiled: Recorded
+) -> None:
     # Same model, settings and cache directory: without the salt in the cache's key, `compiled` would have loaded `off`'s graphs.
     def key(answer: dict[str, Any]) -> set[str]:
-        return {part for line in answer["log"].splitlines() if "AOT compiled" in line for part in line.split("/") if len(part) == 64}
+        return {
+            part
+            for line in answer["log"].splitlines()
+            if "AOT compiled" in line
+            for part in line.split("/")
+            if len(part) == 64
+        }
 
     assert key(off) and key(compiled.answer) and not key(off) & key(compiled.answer)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import segment_bytes as sb
 from matplotlib.image import imread
+from ring_bytes import RingFile, finished_process
 
 from moe_trace import cli
 
@@ -215,6 +216,25 @@ def test_info(trace):
     text = ok("info", trace)
     for word in ("tiny-moe", "vllm 0.32.0, torch 2.13.0", "ids (uint8), weights (float16)", "000000.moe", "seed"):
         assert word in text
+
+
+def test_info_of_a_crash_has_what_the_ring_has(tmp_path):
+    ring = RingFile(owner=finished_process(), directory=tmp_path)
+    ids = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    step = sb.Step(0, [(0, 0, 3, sb.PREFILL, 0)], {0: {"ids": ids, "weights": np.ones((3, 4), np.float16)}})
+    ring.whole(step)
+    place = ring.write(tmp_path / "moe-native-0123456789abcdef.ring")
+    path = write(
+        tmp_path / "t", segments=[sb.segment([], META, closed=False)], closed=False, ring=place, owner=ring.owner
+    )
+    of = json.loads(ok("info", path, "--json"))
+    assert (of["state"], of["steps"], of["rows"]) == ("crashed", 1, 3)
+    assert (of["rank_list"][0]["ring_steps"], of["rank_list"][0]["ring_rows"]) == (1, 3)
+    assert "in its ring" in ok("info", path) and "to be recovered" in ok("info", path)
+    assert "recovered 1 steps (3 rows)" in ok("recover", path)
+    of = json.loads(ok("info", path, "--json"))
+    assert (of["state"], of["steps"], of["rows"]) == ("closed", 1, 3)
+    assert of["rank_list"][0]["ring_steps"] == 0
 
 
 # -- plot

@@ -14,7 +14,7 @@ import pytest
 import segment_bytes as sb
 from ring_bytes import RingFile, finished_process
 
-from moe_trace import cli, doctor, settings
+from moe_trace import cli, doctor
 
 ENV = {"PATH": os.environ.get("PATH", "")}
 
@@ -175,14 +175,6 @@ def test_typing_errors_are_named_with_the_near_setting():
 def test_settings_are_listed():
     (found,) = findings(doctor.check_settings, {"MOE_NATIVE_TRACE": "/t", "MOE_NATIVE_MAX_BYTES": "2GiB"})
     assert found.status == "ok" and "MOE_NATIVE_MAX_BYTES=2GiB" in found.what
-
-
-def test_settings_are_named_after_their_keys():
-    for setting in settings.SETTINGS:
-        assert setting.name == "MOE_NATIVE_" + setting.key.upper()
-        assert setting.meaning and settings.default(setting.name) == setting.default
-    with pytest.raises(KeyError, match="MOE_NATIVE_NONE"):
-        settings.default("MOE_NATIVE_NONE")
 
 
 # -- directories
