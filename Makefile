@@ -38,7 +38,7 @@ test-python: $(VENV)/installed $(VENV)/tools
 
 bench: $(VENV)/installed $(VENV)/tools
 	cd tests && ../$(PY) -m pytest benchmarks --benchmark-disable-gc --benchmark-warmup=on \
-	  --benchmark-columns=min,median,max,rounds --benchmark-group-by=group --benchmark-sort=median $(PYTEST)
+	  --benchmark-columns=min,median,max,rounds --benchmark-group-by=group --benchmark-sort=fullname $(PYTEST)
 	cd tests/benchmarks && ../../$(PY) size.py && ../../$(PY) vllm_throughput.py
 
 wheel: $(VENV)/installed

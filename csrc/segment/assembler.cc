@@ -91,7 +91,10 @@ void Assembler::complete(const Descriptor& d, const std::byte* payload) {
   has_open_ = false;
   if ((d.flags & kStepAborted) != 0) {
     // Counted by the producer. Only fragments that are in the file already have to be taken back.
-    if (open_.fragments == 0) return;
+    if (open_.fragments == 0) {
+      open_ = StepData{};
+      return;
+    }
     open_.aborted = true;
     open_.pieces.clear();
   } else {

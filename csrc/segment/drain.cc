@@ -170,11 +170,14 @@ void Drain::write_fragment() {
   open.bytes = 0;
 }
 
-// Losses that came after the last block.
+// Losses that came after the last block, and records of aborted steps that no block took.
 void Drain::write_bookkeeping() {
+  if (assembler_.open().fragments > 0) return;
   uint64_t sum = 0;
   for (const LossTotals& t : losses()) sum += t.steps + t.layers + t.rows;
-  if (sum != losses_written_ && assembler_.open().fragments == 0) write_block({}, assembler_.released());
+  const bool nothing_open = assembler_.open().bytes == 0;
+  if (sum == losses_written_ && !(nothing_open && assembler_.held_records() > 0)) return;
+  write_block({}, nothing_open ? assembler_.positions() : assembler_.released());
 }
 
 bool Drain::write_block(std::span<const StepData* const> steps, const std::vector<LaneConsumer::Position>& end) {

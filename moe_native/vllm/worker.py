@@ -43,7 +43,7 @@ def follow(worker: Any) -> None:
 
 
 def _log_where_vllm_logs() -> None:
-    """Our log goes to vLLM's handlers: it configures its own logger only, and what we say would not be seen otherwise."""
+    """Our log goes to vLLM's handlers: it configures its own logger only."""
     vllm_log = logging.getLogger("vllm")
     if vllm_log.handlers and not log.handlers:
         log.handlers, log.propagate = list(vllm_log.handlers), False

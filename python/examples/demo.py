@@ -148,8 +148,9 @@ def generate(model: str, trace: Path, log: Path, dtype: str) -> int:
 
 def check(trace: Path, executed: int, expected: dict[int, list[int]] | None) -> None:
     """Is every executed token in the trace, at every layer, and is the routing what the checkpoint was made for?"""
-    import moe_trace
     import numpy as np
+
+    import moe_trace
 
     recorded = moe_trace.open(trace)
     if not recorded.layers:

@@ -19,7 +19,7 @@ from moe_trace.statistics import LayerStats, add_groups
 Plane = tuple[int, Any]  # offset of its block, and its directory entry
 _FLOATS = frozenset((4, 5, 6))
 #: The dtypes that a field may have.
-_DTYPES = {fmt.IDS: {1, 2}, fmt.WEIGHTS: _FLOATS, fmt.LOGITS: _FLOATS, fmt.HIDDEN: _FLOATS, fmt.TOKENS: {3}}
+DTYPES = {fmt.IDS: {1, 2}, fmt.WEIGHTS: _FLOATS, fmt.LOGITS: _FLOATS, fmt.HIDDEN: _FLOATS, fmt.TOKENS: {3}}
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class Block:
         first_step, last_step: numbers of its steps (with gaps where steps were lost).
         first_time_ns, last_time_ns: Unix times at which they started.
         rows: tokens.
+        complete: False for the step in which the process died, whose rows are nobody's.
+        steps, runs: the tables *steps* and *runs*.
+        notes: the lines of JSON that travel with the steps.
     """
 
     first_step: int
@@ -49,22 +52,10 @@ class Block:
     first_time_ns: int
     last_time_ns: int
     rows: int
-    complete: bool = True  # False: the process died inside its last step, whose rows are unattributed
-
-    @property
-    def steps(self) -> npt.NDArray[Any]:
-        """Table *steps*."""
-        raise NotImplementedError
-
-    @property
-    def runs(self) -> npt.NDArray[Any]:
-        """Table *runs*."""
-        raise NotImplementedError
-
-    @property
-    def notes(self) -> list[dict[str, Any]]:
-        """The lines of JSON that travel with the steps."""
-        raise NotImplementedError
+    complete: bool = True
+    steps: Any
+    runs: Any
+    notes: Any
 
     @property
     def columns(self) -> dict[tuple[int, int], tuple[int, int]]:
@@ -162,7 +153,7 @@ class FileBlock(Block):
         if not planes:
             return []
         dtype, width = int(planes[0][1]["dtype"]), int(planes[0][1]["width"])
-        if dtype not in _DTYPES[field] or width == 0:
+        if dtype not in DTYPES[field] or width == 0:
             raise DamagedTrace(f"a column has the impossible dtype {dtype} or width {width}")
         item = fmt.ITEM_BYTES[dtype]
         groups = [planes[at : at + item] for at in range(0, len(planes), item)]

@@ -17,8 +17,9 @@ from moe_trace import format as fmt
 from moe_trace import ring as rings
 from moe_trace.block import Block, FileBlock
 from moe_trace.errors import DamagedTrace, TraceError, TraceNotFound
+from moe_trace.files import read_plain
 from moe_trace.ring import RingBlock
-from moe_trace.segment import Segment
+from moe_trace.segment import Segment, never_begun
 from moe_trace.statistics import LayerStats
 
 _INCOMPLETE = fmt.CAUSES.index("incomplete")
@@ -75,7 +76,7 @@ class Rank:
 
     def _read_rank_file(self) -> dict[str, Any]:
         try:
-            content = json.loads((self.directory / "rank.json").read_text(encoding="utf-8"))
+            content = json.loads(read_plain(self.directory / "rank.json", fmt.MOST_METADATA_BYTES))
             if not isinstance(content, dict) or content.get("format") != "moe-native rank":
                 raise ValueError("it is not what a recorder writes")
             return content
@@ -120,9 +121,7 @@ class Rank:
             except TraceNotFound:
                 continue
             except TraceError as error:
-                # Of a process that lives, or died, in the first moments of a segment.
-                empty = path.suffix == ".open" and path.exists() and path.stat().st_size < fmt.SUPERBLOCK.itemsize
-                if not empty:
+                if not (path.suffix == ".open" and never_begun(path)):
                     self.errors.append(error)
                 return None
         return None
@@ -162,20 +161,28 @@ class Rank:
     def _file_blocks(self) -> list[FileBlock]:
         return [block for segment in self.segments for block in segment.blocks]
 
-    @cached_property
+    @property
     def ring_blocks(self) -> list[RingBlock]:
         """The steps that were committed but had not reached a segment when the process died."""
-        return self.read_ring()[0]
+        return self._read_ring[0]
 
-    def read_ring(self) -> tuple[list[RingBlock], dict[int, tuple[int, int]]]:
-        """The blocks of the ring, and of each lane the records (first, last) that they account for."""
+    @property
+    def ring_records(self) -> dict[int, tuple[int, int]]:
+        """Of each lane of the ring, the first and the last record that `ring_blocks` account for."""
+        return self._read_ring[1]
+
+    @cached_property
+    def _read_ring(self) -> tuple[list[RingBlock], dict[int, tuple[int, int]]]:
         if self.ring is None:
             return [], {}
         written: dict[int, int] = {}
         after_step = -1
         for block in reversed(self._file_blocks):
-            for lane in block.lanes:
-                written[int(lane["lane"])] = max(written.get(int(lane["lane"]), 0), int(lane["last"]))
+            try:
+                for lane in block.lanes:
+                    written[int(lane["lane"])] = max(written.get(int(lane["lane"]), 0), int(lane["last"]))
+            except DamagedTrace as error:  # its steps are known all the same
+                self._problems.append(str(error))
             if block.complete and block.rows:
                 after_step = max(after_step, block.last_step)
             if len(written) == self.ring.lanes and after_step >= 0:
@@ -183,8 +190,22 @@ class Rank:
         exact = self.metadata.get("weights_dtype") == "exact"
         cut = self.cut_step
         blocks = self.ring.blocks(written, after_step, exact, (cut.first_step, cut.pieces()) if cut else (-1, ()))
-        taken = {lane: self.ring.chain(lane, written.get(lane, 0)) for lane in range(self.ring.lanes)}
-        return blocks, {lane: (records[0].sequence, records[-1].sequence) for lane, records in taken.items() if records}
+        chains = {lane: self.ring.chain(lane, written.get(lane, 0)) for lane in range(self.ring.lanes)}
+        return blocks, {lane: (chain[0].sequence, chain[-1].sequence) for lane, chain in chains.items() if chain}
+
+    @property
+    def left_its_ring(self) -> bool:
+        """Whether a recovery closed it and was killed before it removed the ring, which has nothing more to say."""
+        path = self.ring_path
+        if not self.closed or path is None:
+            return False
+        try:
+            ring = rings.Ring(path)
+        except FileNotFoundError:
+            return True
+        except (OSError, TraceError):
+            return False
+        return not ring.owned and self.file["ring"].get("id") == f"{ring.id:016x}"
 
     @property
     def cut_step(self) -> FileBlock | None:
@@ -251,7 +272,8 @@ class Rank:
                     known = prompt_len if isinstance(prompt_len, int) else None
                     requests[note["index"]] = Request(note["id"], known, info)
                 elif kind == "amend" and all(isinstance(note.get(key), int) for key in ("step", "row", "count")):
-                    flags = sum(fmt.RUN_FLAGS.get(name, 0) for name in set(note.get("set") or ()))
+                    names = note.get("set")
+                    flags = sum(bit for name, bit in fmt.RUN_FLAGS.items() if isinstance(names, list) and name in names)
                     amendments.setdefault(note["step"], []).append((note["row"], note["count"], flags))
         return requests, amendments
 
@@ -285,6 +307,7 @@ class Rank:
         cut = [block.first_step for block in self.ring_blocks if not block.complete]
         if ring is None and self.cut_step is not None:
             cut.append(self.cut_step.first_step)
+        problems += ring.problems if ring is not None else []
         problems += [f"the process died inside step {n} in {self.directory}: its whole layers are kept, as nobody's" for n in cut]
         return problems
 

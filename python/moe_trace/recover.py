@@ -6,19 +6,26 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from moe_trace import format as fmt
+from moe_trace.block import Block
 from moe_trace.errors import TraceError
 from moe_trace.rank import Rank, segment_paths
 from moe_trace.ring import RingBlock
+from moe_trace.segment import never_begun
 from moe_trace.trace import open as open_trace
 from moe_trace.writer import SegmentWriter
+
+_BLOCK_BYTES = 4 << 20
 
 
 @dataclass
@@ -57,14 +64,15 @@ def recover(path: str | os.PathLike[str]) -> Recovery:
             return report
         raise
     for found in ranks:
-        if found.state != "crashed":
+        if found.state != "crashed" and not found.left_its_ring:
             continue
         with _locked(found.directory) as mine:
             rank = Rank(found.directory)  # anew: another process may have recovered it while we waited
-            if not mine or rank.state != "crashed":
-                continue
             try:
-                _recover_rank(rank, report)
+                if mine and rank.left_its_ring:
+                    _finish(rank, rank.file)
+                elif mine and rank.state == "crashed":
+                    _recover_rank(rank, report)
             except (OSError, TraceError) as error:
                 report.problems.append(f"{rank.directory} could not be recovered: {error}")
     return report
@@ -90,52 +98,104 @@ def _locked(directory: Path) -> Iterator[bool]:
 
 
 def _recover_rank(rank: Rank, report: Recovery) -> None:
-    blocks, taken = rank.read_ring()
-    problems = rank.problems
-    open_segments = [segment for segment in rank.segments if segment.path.suffix == ".open"]
-    losses = np.array([(cause, *numbers) for cause, numbers in sorted(rank.losses.items())], fmt.TABLES[fmt.LOSSES])
-    lanes = np.array([(lane, first, last) for lane, (first, last) in sorted(taken.items())], fmt.TABLES[fmt.LANES])
-    ring = rank.ring
-    if open_segments or blocks or len(losses):
-        if open_segments:
-            writer = SegmentWriter.resume(open_segments[-1], rank.cut_step_is_in_ring)
-        else:
-            paths = segment_paths(rank.directory)
-            number = int(paths[-1].name.split(".")[0]) + 1 if paths else 0
-            run_id = rank.file.get("run_id")
-            writer = SegmentWriter(
-                rank.directory, number, metadata=rank.metadata, ring_id=ring.id if ring else 0,
-                run_id=run_id if isinstance(run_id, str) and len(run_id) == 32 else "0" * 32,
-            )  # fmt: skip
-        # Requests that were defined in earlier segments are defined again, so that this one can be read alone.
-        for i, block in enumerate(blocks):
-            last = i == len(blocks) - 1
-            defined = {note.get("index") for b in blocks[: i + 1] for note in b.notes if note.get("type") == "request"}
-            wanted = set(np.unique(block.runs["request"]).tolist()) - defined
-            again = [
-                {"type": "request", "index": index, **rank.requests[index].info}
-                for index in sorted(wanted)
-                if index in rank.requests
-            ]
-            columns = {key: block.column(*key) for key in block.columns}
-            writer.add(
-                columns, block.steps, block.runs, notes=again + block.notes,
-                lanes=lanes if last else None, losses=losses,
-            )  # fmt: skip
-        if not blocks and (len(losses) or len(lanes)):
-            nothing = (np.zeros(0, fmt.TABLES[fmt.STEPS]), np.zeros(0, fmt.TABLES[fmt.RUNS]))
-            writer.add({}, *nothing, lanes=lanes, losses=losses)
+    blocks, taken = rank.ring_blocks, rank.ring_records
+    problems, losses = rank.problems, _table(fmt.LOSSES, [(cause, *totals) for cause, totals in rank.losses.items()])
+    lanes = _table(fmt.LANES, [(lane, first, last) for lane, (first, last) in taken.items()])
+    writer = _writer(rank, bool(blocks or len(losses)))
+    if writer is not None:
+        cut = rank.cut_step
+        rest: list[RingBlock] = list(blocks)
+        if cut is not None:
+            # Fragments are completed by what the ring has of their step: it may be nothing, or that it was aborted.
+            of_ring = rest.pop(0) if rest and rest[0].first_step == cut.first_step else None
+            last = None if rest else lanes
+            if rank.cut_step_was_aborted:
+                writer.take_back(cut.first_step, cut.fragments, last)
+            else:
+                whole: Block = of_ring or cut
+                writer.add(
+                    {key: whole.column(*key) for key in whole.columns}, whole.steps, whole.runs, notes=whole.notes, lanes=last,
+                    losses=losses, fragments=cut.fragments, rest=of_ring.from_ring if of_ring else (),
+                )  # fmt: skip
+        defined: set[Any] = set()
+        groups = list(_alike(rest))
+        for group in groups:
+            _write(writer, group, rank, defined, lanes if group is groups[-1] else None, losses)
+        if not groups and cut is None and (len(losses) or len(lanes)):
+            writer.add({}, _table(fmt.STEPS), _table(fmt.RUNS), lanes=lanes, losses=losses)
         writer.close()
-    content = {**rank.file, "ring": None, "closed": True}
+    content = {**rank.file, "closed": True}
     if problems:
         content["problems"] = problems
-    _replace(rank.directory / "rank.json", json.dumps(content, indent=1))
-    if ring is not None:
-        ring.path.unlink(missing_ok=True)
+    _finish(rank, content)
     report.ranks.append(rank.directory)
     report.steps += len(blocks)
     report.rows += sum(block.rows for block in blocks)
     report.problems += problems
+
+
+def _writer(rank: Rank, needed: bool) -> SegmentWriter | None:
+    """A writer that goes on where the dead process stopped; None where there is nothing to close and nothing is `needed`."""
+    for path in segment_paths(rank.directory):
+        if path.suffix == ".open" and never_begun(path):
+            path.unlink()
+    last = rank.segments[-1] if rank.segments else None
+    if last is not None and last.path.suffix == ".open":
+        return SegmentWriter.resume(last)
+    if not needed:
+        return None
+    paths = segment_paths(rank.directory)
+    number = int(paths[-1].name.split(".")[0]) + 1 if paths else 0
+    run_id = rank.file.get("run_id")
+    return SegmentWriter(
+        rank.directory, number, metadata=rank.metadata, ring_id=rank.ring.id if rank.ring else 0,
+        run_id=run_id if isinstance(run_id, str) and re.fullmatch("[0-9a-f]{32}", run_id) else "0" * 32,
+    )  # fmt: skip
+
+
+def _alike(blocks: list[RingBlock]) -> Iterator[list[RingBlock]]:
+    """Steps that can share a block: those with the same columns, up to some size."""
+    group: list[RingBlock] = []
+    size = 0
+    for block in blocks:
+        if group and (size >= _BLOCK_BYTES or block.columns != group[0].columns):
+            yield group
+            group, size = [], 0
+        group.append(block)
+        size += sum(block.rows * width * fmt.ITEM_BYTES[dtype] for dtype, width in block.columns.values())
+    if group:
+        yield group
+
+
+def _write(
+    writer: SegmentWriter, group: list[RingBlock], rank: Rank, defined: set[Any], lanes: Any, losses: npt.NDArray[Any]
+) -> None:
+    columns = {key: np.concatenate([block.column(*key) for block in group]) for key in group[0].columns}
+    steps, runs = (np.concatenate([getattr(block, table) for block in group]) for table in ("steps", "runs"))
+    notes = [note for block in group for note in block.notes]
+    defined |= {note.get("index") for note in notes if note.get("type") == "request"}
+    # Requests that were defined in earlier segments are defined again, so that this one can be read alone.
+    for index in sorted(set(np.unique(runs["request"]).tolist()) - defined):
+        if index in rank.requests:
+            notes.insert(0, {"type": "request", "index": index, **rank.requests[index].info})
+            defined.add(index)
+    dtypes = {key: dtype for key, (dtype, _) in group[0].columns.items()}
+    writer.add(columns, steps, runs, notes=notes, lanes=lanes, losses=losses, stored_as=dtypes)
+
+
+def _finish(rank: Rank, content: dict[str, Any]) -> None:
+    """Say in rank.json that all is in the segments, then remove the ring. Killed in between, the next recovery does the rest."""
+    if rank.file:
+        _replace(rank.directory / "rank.json", json.dumps(content, indent=1))
+    if rank.left_its_ring or rank.ring is not None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(str(rank.ring_path))
+    if rank.file:
+        _replace(rank.directory / "rank.json", json.dumps({**content, "ring": None}, indent=1))
+
+
+def _table(field: int, rows: Sequence[tuple[int, ...]] = ()) -> npt.NDArray[Any]:
+    return np.array(sorted(rows), fmt.TABLES[field])
 
 
 def _replace(path: Path, text: str) -> None:
@@ -144,5 +204,3 @@ def _replace(path: Path, text: str) -> None:
         file.write(text)
     os.replace(temporary, path)
 
-
-__all__ = ["Recovery", "RingBlock", "recover"]

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import json
-import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_trace import format as fmt
-from moe_trace.block import Block
+from moe_trace.block import DTYPES, Block, Piece, check_runs
 from moe_trace.errors import DamagedTrace, NotATrace
+from moe_trace.files import mapped, open_plain
 from moe_trace.statistics import LayerStats
 
 HEADER = np.dtype(
@@ -40,8 +39,10 @@ DESCRIPTOR = np.dtype(
 )  # fmt: skip
 assert (HEADER.itemsize, DESCRIPTOR.itemsize) == (256, 128)
 
-_FLOAT16 = 4
-_COMMITTED, _ABORTED = 2, 3
+_PAGE = 4096
+_UINT32, _FLOAT16 = 3, 4
+_RESERVED, _COMMITTED, _ABORTED = 1, 2, 3
+_NOTE_REQUEST, _NOTE_LINE = 1, 3
 _LAYER, _STEP = 1, 2
 _COUNTERS_AT, _LOSSES_AT = 256, 8
 _FIELDS = ((fmt.IDS, "ids_dtype", "k"), (fmt.WEIGHTS, "weights_dtype", "k"),
@@ -83,30 +84,30 @@ class Ring:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
-            self.owned = locked(file.fileno())
-            if os.fstat(file.fileno()).st_size < 4096:
-                raise NotATrace(f"{path} is no ring of moe_native")
-            self._data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        if bytes(self._data[:8]) != b"MOERING1":
+        with open_plain(path) as handle:
+            self.owned = locked(handle)
+            self._data = mapped(handle)
+        if bytes(self._data[:8]) != b"MOERING1" or len(self._data) < _PAGE:
             raise NotATrace(f"{path} is no ring of moe_native")
         head = fmt.struct_at(self._data, 0, HEADER)
         fmt.check_version(int(head["major"]), 0, str(path))
         lanes, descriptors, arena = (int(head[name]) for name in ("lanes", "descriptors", "arena_bytes"))
-        at_descriptors = 4096 * (1 + lanes)
+        at_descriptors = _PAGE * (1 + lanes)
         at_arena = at_descriptors + lanes * descriptors * DESCRIPTOR.itemsize
+        layout = _PAGE, len(self._data), _PAGE, at_descriptors, at_arena
+        names = "header_size", "file_bytes", "lanes_offset", "descriptors_offset", "arena_offset"
         if (
             not fmt.crc_holds(self._data, 0, head)
-            or int(head["file_bytes"]) != len(self._data)
-            or int(head["descriptors_offset"]) != at_descriptors
-            or int(head["arena_offset"]) != at_arena
+            or layout != tuple(int(head[name]) for name in names)
             or at_arena + lanes * arena != len(self._data)
-            or descriptors == 0
+            or not lanes
+            or not descriptors
         ):
-            raise DamagedTrace(f"the header of {path} is damaged")
+            raise DamagedTrace(f"the header of the ring {path} is damaged")
         self.id = int(head["ring_id"])
         self.lanes = lanes
-        self.aborted: set[int] = set()  # steps that the program gave up, once blocks() has looked
+        self.aborted: set[int] = set()  #: steps that the program gave up, once blocks() has looked
+        self.problems: list[str] = []  #: what was found damaged, once blocks() has looked
         boot = head["owner_boot_id"].decode("ascii", "replace")
         self.owned = self.owned or process_lives(int(head["owner_pid"]), int(head["owner_start_ticks"]), boot)
         self._descriptors = np.frombuffer(self._data, DESCRIPTOR, lanes * descriptors, at_descriptors).reshape(
@@ -125,38 +126,87 @@ class Ring:
                 rows.append((cause, steps, layers, lost))
         return np.array(rows, fmt.TABLES[fmt.LOSSES])
 
-    def records_after(self, lane: int, sequence: int) -> list[Any]:
-        """The unbroken chain of finished records that follows record `sequence` in a lane."""
-        descriptors = self._descriptors[lane]
-        count = len(descriptors)
-        chain = []
-        for following in range(sequence + 1, sequence + 1 + count):
-            d = descriptors[(following - 1) % count]
-            word = int(d["word"])
-            if word >> 2 != following or word & 3 not in (_COMMITTED, _ABORTED):
-                break
-            if word & 3 == _COMMITTED and not self._fits(lane, d):
-                break
-            chain.append(d)
-        return chain
+    def chain(self, lane: int, written: int) -> list[Record]:
+        """The finished records of a lane that follow record `written`, as far as they are without a gap and were not overwritten.
 
-    def _fits(self, lane: int, d: Any) -> bool:
-        size = int(d["bytes"])
-        if (
-            int(d["offset"]) % fmt.ALIGN
-            or size > len(self._arenas[lane])
-            or int(d["offset"]) > len(self._arenas[lane]) - size
-        ):
+        Where all went well the first of them is `written + 1`. After an error of the disk, records were given back without a block (and
+        counted): then what matters is the unbroken chain that ends with the newest, as far back as the arena reaches.
+        """
+        words = self._descriptors[lane]["word"]
+        count = len(words)
+        sequences, states = words >> 2, words & 3
+        at = (np.arange(count, dtype=np.uint64) + 1) % count
+        finished = (sequences > written) & (sequences % count == at) & ((states == _COMMITTED) | (states == _ABORTED))
+        known = set(sequences[finished].tolist())
+        if not known:
+            return []
+        first = written + 1
+        if first not in known:
+            first = max(known)
+            while first - 1 in known:
+                first -= 1
+            if not self._had_io_errors:
+                self._say(f"record {written + 1} of lane {lane} in the ring {self.path} is damaged; its step is lost")
+        records: list[Record] = []
+        for sequence in range(first, max(known) + 1):
+            d = self._descriptors[lane][(sequence - 1) % count]
+            record = Record(sequence, d, int(d["offset"]), fmt.align(int(d["bytes"])))
+            fits = sequence in known and self._fits(lane, record)
+            if not fits or (records and not self._follows(lane, records[-1], record)):
+                self._say(f"record {sequence} of lane {lane} in the ring {self.path} is damaged; it and what follows are lost")
+                break
+            records.append(record)
+        return self._not_overwritten(lane, records)
+
+    @property
+    def _had_io_errors(self) -> bool:
+        return bool(self._counters[_LOSSES_AT + 3 * fmt.CAUSES.index("io_error")])
+
+    def _say(self, problem: str) -> None:
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def _follows(self, lane: int, before: Record, record: Record) -> bool:
+        """Whether a record lies where the producer places it: behind the one before, or at the beginning if it would cross the end."""
+        behind = before.offset + before.size
+        return record.offset == (0 if behind + record.size > len(self._arenas[lane]) else behind % len(self._arenas[lane]))
+
+    def _not_overwritten(self, lane: int, records: list[Record]) -> list[Record]:
+        if not records:
+            return records
+        arena = len(self._arenas[lane])
+        newer = records
+        if self._had_io_errors:
+            # Only then may the record that was being filled lie over one that no block has.
+            d = self._descriptors[lane][records[-1].sequence % self._descriptors.shape[1]]
+            filling = Record(records[-1].sequence + 1, d, int(d["offset"]), fmt.align(int(d["bytes"])))
+            if int(d["word"]) == filling.sequence << 2 | _RESERVED and self._follows(lane, records[-1], filling):
+                newer = [*records, filling]
+        end = newer[-1].offset + newer[-1].size
+        kept, lap = len(newer) - 1, 0
+        for record, after in zip(newer[-2::-1], newer[:0:-1], strict=True):
+            lap += after.offset < record.offset + record.size
+            if end - (record.offset - lap * arena) > arena:
+                break
+            kept -= 1
+        return records[kept:]
+
+    def _fits(self, lane: int, record: Record) -> bool:
+        d, arena = record.descriptor, len(self._arenas[lane])
+        if int(d["word"]) & 3 == _ABORTED:
+            return record.offset <= arena
+        if record.offset % fmt.ALIGN or record.size > arena or record.offset > arena - record.size:
             return False
         if int(d["kind"]) == _LAYER:
+            dtypes = [(field, int(d[dtype]), int(d[width])) for field, dtype, width in _FIELDS]
             known = all(
-                int(d[dtype]) in fmt.ITEM_BYTES or (int(d[dtype]) == 0 and field != fmt.IDS)
-                for field, dtype, _ in _FIELDS
+                dtype in DTYPES[field] and width if dtype or field == fmt.IDS else True for field, dtype, width in dtypes
             )
-            return (
-                known and _layer_columns(d)[1] == size and int(d["first_row"]) + int(d["rows"]) <= int(d["step_rows"])
-            )
-        return int(d["kind"]) == _STEP and (bool(int(d["flags"]) & 1) or _step_parts(d)[2] == size)
+            rows = int(d["rows"])
+            return bool(
+                known and _layer_columns(d)[1] == int(d["bytes"]) and int(d["first_row"]) + rows <= int(d["step_rows"])
+            ) and int(d["layer"]) != fmt.NO_LAYER
+        return int(d["kind"]) == _STEP and (bool(int(d["flags"]) & 1) or _step_parts(d)[2] == int(d["bytes"]))
 
     def blocks(
         self,
@@ -174,40 +224,46 @@ class Ring:
             fragments: a step's number and what a segment has of it already.
         """
         steps: dict[int, _Step] = {}
-        order: list[_Step] = []
         for lane in range(self.lanes):
-            for d in self.records_after(lane, written.get(lane, 0)):
+            chain = self.chain(lane, written.get(lane, 0))
+            # A chain that lacks its beginning may start in the middle of a step.
+            partial = int(chain[0].descriptor["step"]) if chain and chain[0].sequence != written.get(lane, 0) + 1 else -1
+            after_step = max(after_step, partial)
+            for record in chain:
+                d = record.descriptor
                 if int(d["word"]) & 3 == _ABORTED:
                     continue
-                number = int(d["step"])
-                if number not in steps:
-                    steps[number] = _Step(number)
-                    order.append(steps[number])
-                step = steps[number]
-                payload = self._arenas[lane][int(d["offset"]) : int(d["offset"]) + int(d["bytes"])]
+                step = steps.setdefault(int(d["step"]), _Step(int(d["step"])))
+                payload = self._arenas[lane][record.offset : record.offset + int(d["bytes"])]
                 if int(d["kind"]) == _STEP:
                     step.record = (d, payload)
                 else:
                     step.layers.setdefault(int(d["layer"]), []).append((d, payload))
         last = max(steps, default=-1)
         blocks = []
-        for step in sorted(order, key=lambda step: step.number):
-            if step.number <= after_step:
+        for number in sorted(steps):
+            step = steps[number]
+            if number <= after_step:
                 continue
-            # Without a step record, and not the last: its end found no room, and the producer counted it.
             if step.record is not None and int(step.record[0]["flags"]) & 1:
-                self.aborted.add(step.number)
+                self.aborted.add(number)
                 continue
-            if step.record is not None or step.number == last:
-                blocks.append(RingBlock(step, exact_weights, fragments[1] if step.number == fragments[0] else ()))
+            if step.record is None and number != last:
+                continue  # its end found no room, and the producer counted it
+            try:
+                blocks.append(RingBlock(step, exact_weights, fragments[1] if number == fragments[0] else ()))
+            except DamagedTrace as error:
+                self._say(f"step {number} in the ring {self.path} is damaged, and left out: {error}")
         return blocks
 
-    def last_sequences(self, written: dict[int, int]) -> dict[int, int]:
-        """Of each lane, the last record that `blocks(written)` took into account."""
-        return {
-            lane: written.get(lane, 0) + len(self.records_after(lane, written.get(lane, 0)))
-            for lane in range(self.lanes)
-        }
+
+class Record(NamedTuple):
+    """A record in its lane: its descriptor, and where its payload lies in the arena, with its length rounded up to 64."""
+
+    sequence: int
+    descriptor: Any
+    offset: int
+    size: int
 
 
 class _Step:
@@ -234,24 +290,12 @@ def _step_parts(d: Any) -> tuple[int, int, int]:
     return tokens, notes, notes + fmt.align(int(d["notes_bytes"]))
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Rows [first_row, first_row + rows) of one column of a step, and how to get them."""
-
-    field: int
-    layer: int
-    dtype: int
-    width: int
-    first_row: int
-    rows: int
-    load: Callable[[], npt.NDArray[Any]]
-
-
 class RingBlock(Block):
     """One step in a ring, as a block; with the fragments of it that had been written to a segment already."""
 
     def __init__(self, step: _Step, exact_weights: bool, fragments: Sequence[Piece] = ()) -> None:
         self._step = step
+        self._fragments = frozenset(fragments)
         self.complete = step.record is not None
         d = step.record[0] if step.record else next(iter(step.layers.values()))[0][0]
         self.first_step = self.last_step = step.number
@@ -263,19 +307,16 @@ class RingBlock(Block):
         if step.record is not None and int(d["tokens"]):
             at, payload = _step_parts(d)[0], step.record[1]
             columns[fmt.TOKENS, fmt.NO_LAYER] = [
-                Piece(
-                    fmt.TOKENS,
-                    fmt.NO_LAYER,
-                    3,
-                    1,
-                    0,
-                    self.rows,
-                    lambda: np.frombuffer(payload, "<u4", self.rows, at).reshape(-1, 1),
-                )
+                Piece(fmt.TOKENS, fmt.NO_LAYER, _UINT32, 1, 0, self.rows, lambda: np.frombuffer(payload, "<u4", self.rows, at).reshape(-1, 1))
             ]
         gaps = {layer for (_, layer), pieces in columns.items() if not self._covered(pieces)}
         self._pieces = {key: pieces for key, pieces in columns.items() if key[1] not in gaps}
         self.incomplete_layers = len(gaps)
+        self.runs = self._read_runs()
+        self.notes = self._read_notes()
+        time_ns, rows = self.first_time_ns, self.rows
+        self.steps = np.array([(step.number, time_ns, rows, len(self.runs), 0)], fmt.TABLES[fmt.STEPS])
+        check_runs(self.steps, self.runs)
 
     def _covered(self, pieces: list[Piece]) -> bool:
         pieces.sort(key=lambda piece: piece.first_row)
@@ -286,22 +327,13 @@ class RingBlock(Block):
             next_row += piece.rows
         return next_row == self.rows
 
-    @property
-    def steps(self) -> npt.NDArray[Any]:
-        return np.array([(self.first_step, self.first_time_ns, self.rows, len(self.runs), 0)], fmt.TABLES[fmt.STEPS])
-
-    @property
-    def runs(self) -> npt.NDArray[Any]:
+    def _read_runs(self) -> npt.NDArray[Any]:
         if self._step.record is None:
             return np.array([(fmt.NOBODY, fmt.NOBODY, self.rows, 0, 0)], fmt.TABLES[fmt.RUNS])
         d, payload = self._step.record
-        runs = np.frombuffer(payload, fmt.TABLES[fmt.RUNS], int(d["runs"]))
-        if int(runs["count"].sum(dtype=np.uint64)) != self.rows:
-            raise DamagedTrace("the runs of a step in the ring do not add up to its rows")
-        return runs
+        return np.frombuffer(payload, fmt.TABLES[fmt.RUNS], int(d["runs"]))
 
-    @property
-    def notes(self) -> list[dict[str, Any]]:
+    def _read_notes(self) -> list[dict[str, Any]]:
         if self._step.record is None:
             return []
         d, payload = self._step.record
@@ -311,11 +343,11 @@ class RingBlock(Block):
         while at + 12 <= len(data):
             kind, _, size = struct.unpack_from("<III", data, at)
             at += 12
-            if kind in (1, 3):
+            if kind in (_NOTE_REQUEST, _NOTE_LINE):
                 try:
                     line = json.loads(bytes(data[at : at + size]))
                 except (ValueError, RecursionError) as error:
-                    raise DamagedTrace(f"a note in the ring cannot be read: {error}") from None
+                    raise DamagedTrace(f"a note is no JSON ({error})") from None
                 if isinstance(line, dict):
                     lines.append(line)
             at += size
@@ -325,15 +357,20 @@ class RingBlock(Block):
     def columns(self) -> dict[tuple[int, int], tuple[int, int]]:
         return {key: (pieces[0].dtype, pieces[0].width) for key, pieces in self._pieces.items()}
 
-    def column(self, field: int, layer: int, rows: slice = slice(None)) -> npt.NDArray[Any]:
+    @property
+    def from_ring(self) -> list[Piece]:
+        """Of its columns, the pieces that no segment has yet."""
+        return [piece for pieces in self._pieces.values() for piece in pieces if piece not in self._fragments]
+
+    def column(self, field: int, layer: int) -> npt.NDArray[Any]:
         parts = [piece.load() for piece in self._pieces[field, layer]]
-        return (parts[0] if len(parts) == 1 else np.concatenate(parts))[rows]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def add_statistics(self, into: dict[int, LayerStats], wanted: Callable[[int, int], bool]) -> None:
-        classes = np.repeat(self.runs["cls"], self.runs["count"])
+        classes = np.repeat(self.runs["cls"], self.runs["count"]) if self.layers else np.zeros(0, np.uint16)
         for layer in self.layers:
             ids = self.column(fmt.IDS, layer)
-            weights = self.column(fmt.WEIGHTS, layer) if (fmt.WEIGHTS, layer) in self.columns else None
+            weights = self.column(fmt.WEIGHTS, layer) if self.has(fmt.WEIGHTS, layer) else None
             for cls in np.unique(classes).tolist():
                 if wanted(layer, cls):
                     mine = classes == cls

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import os
 import zlib
 from collections.abc import Callable
@@ -17,8 +16,11 @@ import numpy.typing as npt
 
 from moe_trace import format as fmt
 from moe_trace.block import FileBlock, read_header
-from moe_trace.errors import DamagedTrace, NotATrace, TraceNotFound
+from moe_trace.errors import DamagedTrace, TraceNotFound
+from moe_trace.files import mapped, open_plain
 from moe_trace.statistics import LayerStats, add_groups
+
+_BLOCK_MAGIC = int.from_bytes(b"MOEB", "little")
 
 
 class Segment:
@@ -38,16 +40,12 @@ class Segment:
         self.problems: list[str] = []
         self._has_footer = False
         try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < 8:
-                    raise NotATrace(f"{path} is too short to be a segment of moe_native")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            with open_plain(path) as handle:
+                self._data = mapped(handle)
         except FileNotFoundError:
             raise TraceNotFound(f"there is no {path}") from None
         except OSError as error:
-            raise TraceNotFound(f"{path} cannot be read: {error.strerror}") from None
-        self._data = memoryview(self._map)
+            raise TraceNotFound(f"{path} cannot be read: {error.strerror or error}") from None
         head = fmt.read_superblock(self._data, str(path))
         self.number = int(head["number"])
         self.ring_id = int(head["ring_id"])
@@ -162,12 +160,12 @@ class Segment:
 
     def _next_block(self, at: int, end: int) -> int | None:
         """The next valid block header after damage at `at`, or None."""
-        search = at
-        while (search := self._map.find(b"MOEB", search + 1, end)) >= 0:
-            if search % fmt.ALIGN == 0:
-                with contextlib.suppress(DamagedTrace):
-                    read_header(self._data, search)
-                    return search
+        magics = np.frombuffer(self._data[: end - end % fmt.ALIGN], "<u4")[:: fmt.ALIGN // 4]
+        for place in np.flatnonzero(magics[at // fmt.ALIGN + 1 :] == _BLOCK_MAGIC).tolist():
+            search = (place + at // fmt.ALIGN + 1) * fmt.ALIGN
+            with contextlib.suppress(DamagedTrace):
+                read_header(self._data, search)
+                return search
         return None
 
     def _say_cut_off(self, step: int) -> None:
@@ -244,3 +242,11 @@ class Segment:
     def __repr__(self) -> str:
         return f"<moe_trace segment {self.path}>"
 
+
+def never_begun(path: Path) -> bool:
+    """Whether a segment has no superblock yet: its process is in, or died in, the first moments of it."""
+    try:
+        with open_plain(path) as handle:
+            return not os.pread(handle, 8, 0).strip(b"\0")
+    except OSError:
+        return False

@@ -22,6 +22,7 @@ from moe_trace.statistics import LayerStats
 if TYPE_CHECKING:
     from moe_trace.trace import Trace
 
+_FIELDS = {name: field for field, name in fmt.FIELD_NAMES.items()}
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -100,7 +101,7 @@ class Batch:
 
     def column(self, field: int, layer: int) -> npt.NDArray[Any] | None:
         """One column of one layer, `[rows, width]`; None where this block does not have it."""
-        if (field, layer) not in self._block.columns:
+        if not self._block.has(field, layer):
             return None
         return self._rows(self._block.column(field, layer))
 
@@ -333,10 +334,23 @@ class Selection:
         self._check_layers(batches, name)
         parts = [getattr(batch, name) for batch in batches]
         if not parts:
-            return np.zeros((0, 0), np.uint8) if empty is None else empty
+            return self._no_rows(_FIELDS[name]) if empty is None else empty
         if len({part.shape[1:] for part in parts}) > 1:
             raise TraceError(f"the {name} of this selection have different widths over time: read them by batches()")
         return np.concatenate(promote(parts)) if len(parts) > 1 else parts[0]
+
+    def _no_rows(self, field: int) -> npt.NDArray[Any]:
+        """An array without rows, of the shape and the dtype that rows would have."""
+        layers = self._empty_layers()
+        shapes = (
+            block.shape(field, layers[0])
+            for rank in self._trace.ranks
+            for block in rank.blocks()
+            if layers and block.has(field, layers[0])
+        )
+        dtype, width = next(shapes, (1, 0))
+        axis = () if self._asked.one_layer else (len(layers),)
+        return np.zeros((0, *axis, width), fmt.numpy_dtype(dtype))
 
     def _check_layers(self, batches: Sequence[Batch], name: str) -> None:
         if name in ("ids", "weights", "logits", "hidden") and len({batch.layers for batch in batches}) > 1:

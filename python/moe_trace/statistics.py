@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,13 +42,6 @@ class LayerStats:
         if missing > 0:
             self.counts = np.concatenate((self.counts, np.zeros(missing, np.int64)))
             self.weight_sums = np.concatenate((self.weight_sums, np.zeros(missing)))
-
-    def merge(self, other: LayerStats) -> None:
-        """Add the totals of other rows of the layer."""
-        self.grow(len(other.counts))
-        self.add(slice(len(other.counts)), other.counts, other.weight_sums)
-        self.rows += other.rows
-        self.invalid += other.invalid
 
     def add_rows(self, ids: npt.NDArray[Any], weights: npt.NDArray[Any] | None) -> None:
         """Add rows: ids `[rows, k]` uint8 or uint16 (the largest value marks an invalid one), weights of the same shape or None."""
@@ -112,14 +105,39 @@ def add_groups(
         stats.invalid += int(invalid[i])
 
 
-def tables(by_class: Iterable[tuple[int, int, int, LayerStats]]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """The tables *stat_groups* and *stat_counts* of `(layer, class, k, totals)`; the inverse of `add_groups`."""
-    groups, items = [], []
-    for layer, cls, k, stats in sorted(by_class, key=lambda group: group[:2]):
-        experts = np.flatnonzero(stats.counts)
-        groups.append((layer, cls, k, len(experts), stats.rows, stats.invalid))
-        part = np.zeros(len(experts), fmt.TABLES[fmt.STAT_COUNTS])
-        part["expert"], part["count"], part["weight"] = experts, stats.counts[experts], stats.weight_sums[experts]
-        items.append(part)
-    counts = np.concatenate(items) if items else np.zeros(0, fmt.TABLES[fmt.STAT_COUNTS])
-    return np.array(groups, fmt.TABLES[fmt.STAT_GROUPS]), counts
+class Sums:
+    """Totals by layer and class, to be written: the tables *stat_groups* and *stat_counts* of a block, or their sum for a footer."""
+
+    def __init__(self) -> None:
+        self._totals: dict[int, dict[int, LayerStats]] = {}  # by class, then layer
+        self._k: dict[tuple[int, int], int] = {}
+
+    def add_tables(self, groups: npt.NDArray[Any], counts: npt.NDArray[Any]) -> None:
+        """Add the tables of a block."""
+        for cls in np.unique(groups["cls"]).tolist():
+            add_groups(self._totals.setdefault(cls, {}), groups, counts, lambda _, of, cls=cls: of == cls)  # type: ignore[misc]
+        for group in groups:
+            self._k[int(group["layer"]), int(group["cls"])] = int(group["k"])
+
+    def add_rows(
+        self, layer: int, classes: npt.NDArray[Any], ids: npt.NDArray[Any], weights: npt.NDArray[Any] | None
+    ) -> None:
+        """Add rows: classes `[rows]`, ids `[rows, k]`, weights of the same shape or None."""
+        for cls in np.unique(classes).tolist():
+            mine = classes == cls
+            stats = self._totals.setdefault(cls, {}).setdefault(layer, LayerStats())
+            stats.add_rows(ids[mine], None if weights is None else weights[mine])
+            self._k[layer, cls] = ids.shape[1]
+
+    def tables(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """The two tables."""
+        groups, items = [], []
+        for layer, cls in sorted(self._k):
+            stats = self._totals[cls][layer]
+            experts = np.flatnonzero(stats.counts)
+            groups.append((layer, cls, self._k[layer, cls], len(experts), stats.rows, stats.invalid))
+            part = np.zeros(len(experts), fmt.TABLES[fmt.STAT_COUNTS])
+            part["expert"], part["count"], part["weight"] = experts, stats.counts[experts], stats.weight_sums[experts]
+            items.append(part)
+        counts = np.concatenate(items) if items else np.zeros(0, fmt.TABLES[fmt.STAT_COUNTS])
+        return np.array(groups, fmt.TABLES[fmt.STAT_GROUPS]), counts

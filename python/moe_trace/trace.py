@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_trace import format as fmt
-from moe_trace.errors import NotATrace, TraceNotFound
+from moe_trace.errors import NotATrace, TraceError, TraceNotFound
 from moe_trace.rank import Rank, Request, segment_paths
 from moe_trace.select import Filter, Selection
 
@@ -87,14 +87,13 @@ class Trace(Selection):
         """The coverage ledger, ascending by layer."""
         found: dict[int, Layer] = {}
         for rank in self.ranks:
-            for entry in rank.metadata.get("layers") or ():
-                if not isinstance(entry, dict) or not isinstance(entry.get("layer"), int):
+            entries = rank.metadata.get("layers")
+            for entry in entries if isinstance(entries, list) else ():
+                if not isinstance(entry, dict) or not _small(entry.get("layer")):
                     continue
-                experts, top_k = (
-                    entry.get(key) if isinstance(entry.get(key), int) else 0 for key in ("experts", "top_k")
-                )
+                experts, top_k = (entry[key] if _small(entry.get(key)) else 0 for key in ("experts", "top_k"))
                 name, status, detail = (str(entry.get(key, "")) for key in ("name", "status", "detail"))
-                new = Layer(entry["layer"], name, experts or 0, top_k or 0, status, detail)
+                new = Layer(entry["layer"], name, experts, top_k, status, detail)
                 old = found.get(new.layer)
                 if old is None or _rank_of(new.status) <= _rank_of(old.status):
                     found[new.layer] = new
@@ -106,7 +105,7 @@ class Trace(Selection):
         ledger = {entry.layer for entry in self.layers if entry.status in ("exact", "derived")}
         if ledger:
             return tuple(sorted(ledger))
-        return tuple(sorted({layer for rank in self.ranks for block in rank.blocks() for layer in block.layers}))
+        return tuple(sorted({layer for rank in self.ranks for layer in rank.layers}))
 
     @cached_property
     def experts(self) -> Mapping[int, int]:
@@ -133,9 +132,12 @@ class Trace(Selection):
                 totals[name] = Loss(old.steps + steps, old.layers + layers, old.rows + rows)
         return totals
 
-    @cached_property
+    @property
     def problems(self) -> list[str]:
-        """What is wrong with the trace: damage, what a crash left unfinished, files that cannot be read. A sentence each."""
+        """What is wrong with the trace: damage, what a crash left unfinished, files that cannot be read. A sentence each.
+
+        Opening does not read everything: damage inside a closed segment is found, and said here, when it is read.
+        """
         return list(dict.fromkeys(problem for rank in self.ranks for problem in rank.problems))
 
     @property
@@ -179,21 +181,20 @@ def open(path: str | os.PathLike[str]) -> Trace:
     Raises:
         TraceNotFound: there is nothing at the path, or it cannot be read.
         NotATrace: it is no trace.
-        UnsupportedVersion: a newer moe_native wrote it (of a directory, all of it).
+        UnsupportedVersion: a newer moe_native wrote it.
         DamagedTrace: nothing in it can be read.
+
+    Where only some segments of a directory cannot be read, the others are, and `problems` says which.
     """
     path = Path(path)
     if not path.exists():
         raise TraceNotFound(f"there is no {path}. Give the directory that MOE_NATIVE_TRACE named, or a .moe file in it")
     try:
         if path.is_file():
-            from moe_trace.segment import Segment
-
-            Segment(path)  # raises what is wrong with it
-            return Trace(path, [Run(path.parent.parent, [Rank(path.parent, path)])])
+            return _readable(Trace(path, [Run(path.parent.parent, [Rank(path.parent, path)])]))
         for runs in (_runs_of(path), [Run(path, _ranks_of(path))], [Run(path.parent, _rank_at(path))]):
             if any(run.ranks for run in runs):
-                return Trace(path, [run for run in runs if run.ranks])
+                return _readable(Trace(path, [run for run in runs if run.ranks]))
     except PermissionError as error:
         raise TraceNotFound(
             f"{error.filename or path} cannot be read: its files are private to the user who recorded them"
@@ -201,6 +202,16 @@ def open(path: str | os.PathLike[str]) -> Trace:
     raise NotATrace(
         f"there is no trace in {path}: no directory run-*/rank-* with segments. 'moe-native doctor' says why nothing was recorded"
     )
+
+
+def _readable(trace: Trace) -> Trace:
+    """The trace, unless none of its segments can be read: then it raises why."""
+    errors: list[TraceError] = []
+    for rank in reversed(trace.ranks):
+        if rank.segments or not rank.errors:
+            return trace
+        errors += rank.errors
+    raise errors[0]
 
 
 def _runs_of(trace: Path) -> list[Run]:
@@ -215,6 +226,10 @@ def _rank_at(directory: Path) -> list[Rank]:
     if (directory / "rank.json").exists() or segment_paths(directory):
         return [Rank(directory)]
     return []
+
+
+def _small(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value <= fmt.NO_LAYER
 
 
 def _rank_of(status: str) -> int:

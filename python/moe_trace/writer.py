@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -15,9 +16,10 @@ import numpy.typing as npt
 import zstandard
 
 from moe_trace import format as fmt
-from moe_trace import statistics
+from moe_trace.block import Piece
+from moe_trace.errors import DamagedTrace
 from moe_trace.segment import Segment
-from moe_trace.statistics import LayerStats
+from moe_trace.statistics import Sums
 
 _CODES = {np.dtype(np.uint8): 1, np.dtype("<u2"): 2, np.dtype("<u4"): 3, np.dtype("<f2"): 4, np.dtype("<f4"): 6}
 
@@ -43,12 +45,13 @@ class _Entries:
         dtype: int = 0,
         byte: int = 0,
         width: int = 0,
+        first_row: int = 0,
     ) -> None:
         frame = self._zstd.compress(data) if data else b""
         codec, stored = (1, frame) if 0 < len(frame) < len(data) else (0, data)
         crc = zlib.crc32(stored)
         self._rows.append(
-            (field, dtype, byte, codec, layer, 0, width, 0, rows, crc, self._size, len(stored), len(data))
+            (field, dtype, byte, codec, layer, 0, width, first_row, rows, crc, self._size, len(stored), len(data))
         )
         self._parts.append(stored)
         self._size += len(stored)
@@ -56,12 +59,16 @@ class _Entries:
     def table(self, field: int, rows: npt.NDArray[Any]) -> None:
         self.add(field, fmt.encode_table(rows.astype(fmt.TABLES[field], copy=False)), rows=len(rows))
 
-    def column(self, field: int, layer: int, values: npt.NDArray[Any]) -> None:
-        code = _CODES[values.dtype]
+    def column(self, field: int, layer: int, values: npt.NDArray[Any], code: int | None = None, first_row: int = 0) -> None:
         rows, width = values.shape
+        if code == fmt.BFLOAT16:
+            values = (np.ascontiguousarray(values).view(np.uint32) >> 16).astype("<u2")
+        else:
+            code = _CODES[values.dtype]
         planes = np.ascontiguousarray(values).reshape(-1).view(np.uint8).reshape(rows * width, fmt.ITEM_BYTES[code])
         for byte in range(planes.shape[1]):
-            self.add(field, planes[:, byte].tobytes(), rows=rows, layer=layer, dtype=code, byte=byte, width=width)
+            plane = planes[:, byte].tobytes()
+            self.add(field, plane, rows=rows, layer=layer, dtype=code, byte=byte, width=width, first_row=first_row)
 
     def block(self, **header: Any) -> bytes:
         directory = np.array(self._rows, fmt.ENTRY)
@@ -102,10 +109,6 @@ class SegmentWriter:
     ) -> None:
         self.path = directory / f"{number:06d}.moe"
         self._open_path = self.path.with_name(self.path.name + ".open")
-        self._index: list[tuple[int, ...]] = []
-        self._sum: dict[tuple[int, int], tuple[int, LayerStats]] = {}
-        self._next_block = 0
-        self._losses = np.zeros(0, fmt.TABLES[fmt.LOSSES])
         text = json.dumps(dict(metadata or {})).encode()
         head = np.zeros(1, fmt.SUPERBLOCK)
         values = {
@@ -116,41 +119,35 @@ class SegmentWriter:
         for name, value in values.items():
             head[name] = value
         head["crc"] = zlib.crc32(head.tobytes()[:124])
-        self._file = os.fdopen(
-            os.open(self._open_path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "r+b"
-        )
-        self._end = fmt.align(fmt.SUPERBLOCK.itemsize + len(text))
-        self._file.write((head.tobytes() + text).ljust(self._end, b"\0"))
+        self._start(fmt.align(fmt.SUPERBLOCK.itemsize + len(text)), np.zeros(0, fmt.TABLES[fmt.LOSSES]))
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._file = os.open(self._open_path, flags, 0o600)
+        self._write(text.ljust(self._end - fmt.SUPERBLOCK.itemsize, b"\0"), fmt.SUPERBLOCK.itemsize)
+        self._write(head.tobytes(), 0)
 
     @classmethod
-    def resume(cls, segment: Segment, without_cut_step: bool = False) -> SegmentWriter:
-        """Go on behind the last whole block of a segment that a dead process left open; `without_cut_step` first takes off the
-        fragments at its end, because what is added now has that step whole."""
+    def resume(cls, segment: Segment) -> SegmentWriter:
+        """Go on behind the last whole block of a segment that a dead process left open."""
         self = cls.__new__(cls)
         self._open_path = segment.path
         self.path = segment.path.with_suffix("") if segment.path.suffix == ".open" else segment.path
-        blocks = segment.blocks[:-1] if without_cut_step else segment.blocks
-        self._index = [item for block in blocks for item in block.index_items]
-        self._sum = {}
-        self._next_block = 0
-        self._losses = segment.losses
-        for block in blocks:
+        losses = segment.losses
+        self._start(segment.whole_to, np.zeros(0, fmt.TABLES[fmt.LOSSES]) if losses is None else losses)
+        for block in segment.blocks:
+            self._index += block.index_items
             self._next_block = max(self._next_block, block.number + 1)
             if block.complete:
-                self._add_to_sum(*block.statistics_tables())
-        self._file = segment.path.open("r+b")
-        self._end = segment.blocks[-1].offset if without_cut_step else segment.whole_to
-        self._file.truncate(self._end)
+                with contextlib.suppress(DamagedTrace):  # its rows cannot be counted; that the block is damaged is said
+                    self._sum.add_tables(*block.statistics_tables())
+        self._file = os.open(segment.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         return self
 
-    def _add_to_sum(self, groups: npt.NDArray[Any], counts: npt.NDArray[Any]) -> None:
-        for group in groups:
-            key = int(group["layer"]), int(group["cls"])
-            into: dict[int, LayerStats] = {}
-            statistics.add_groups(into, groups, counts, lambda layer, cls, key=key: (layer, cls) == key)  # type: ignore[misc]
-            k, total = self._sum.get(key, (int(group["k"]), LayerStats()))
-            total.merge(into[key[0]])
-            self._sum[key] = k, total
+    def _start(self, end: int, losses: npt.NDArray[Any]) -> None:
+        self._end = end
+        self._losses = losses
+        self._index: list[tuple[int, ...]] = []
+        self._sum = Sums()
+        self._next_block = 0
 
     def add(
         self,
@@ -161,6 +158,9 @@ class SegmentWriter:
         notes: Sequence[Mapping[str, Any]] = (),
         lanes: npt.NDArray[Any] | None = None,
         losses: npt.NDArray[Any] | None = None,
+        stored_as: Mapping[tuple[int, int], int] | None = None,
+        fragments: int = 0,
+        rest: Sequence[Piece] = (),
     ) -> None:
         """Append a rows block.
 
@@ -168,6 +168,9 @@ class SegmentWriter:
             columns: by (field, layer), `[rows, width]`, uint8, uint16, uint32, float16 or float32; tokens under layer 65535.
             steps, runs, lanes, losses: tables with the dtypes of `format.TABLES`.
             notes: JSON objects.
+            stored_as: dtype codes of columns; of use for bfloat16, whose values come as float32.
+            fragments: how many fragment blocks at the end of the segment belong to this block, which then has one step.
+            rest: with fragments, the pieces of the columns that these do not have.
 
         Raises:
             ValueError: the parts do not fit together.
@@ -175,71 +178,89 @@ class SegmentWriter:
         rows = int(steps["rows"].sum())
         if int(runs["count"].sum()) != rows or int(steps["runs"].sum()) != len(runs):
             raise ValueError("the runs do not add up to the steps' rows")
-        entries = _Entries()
+        entries, sums = _Entries(), Sums()
         classes = np.repeat(runs["cls"], runs["count"])
-        by_class: list[tuple[int, int, int, LayerStats]] = []
         for (field, layer), values in columns.items():
             if values.ndim != 2 or len(values) != rows:
                 raise ValueError(
                     f"{fmt.FIELD_NAMES[field]} of layer {layer} have the shape {values.shape}, the steps have {rows} rows"
                 )
-            entries.column(field, layer, values)
+            if not fragments:
+                entries.column(field, layer, values, (stored_as or {}).get((field, layer)))
             if field == fmt.IDS:
-                weights = columns.get((fmt.WEIGHTS, layer))
-                for cls in np.unique(classes).tolist():
-                    mine, stats = classes == cls, LayerStats()
-                    stats.add_rows(values[mine], None if weights is None else weights[mine])
-                    by_class.append((layer, cls, values.shape[1], stats))
-        entries.table(fmt.STEPS, steps)
-        entries.table(fmt.RUNS, runs)
-        groups, counts = statistics.tables(by_class)
-        entries.table(fmt.STAT_GROUPS, groups)
-        entries.table(fmt.STAT_COUNTS, counts)
-        self._add_to_sum(groups, counts)
+                sums.add_rows(layer, classes, values, columns.get((fmt.WEIGHTS, layer)))
+        for piece in rest:
+            entries.column(piece.field, piece.layer, piece.load(), piece.dtype, piece.first_row)
+        first, last = (steps[0], steps[-1]) if len(steps) else (np.zeros((), steps.dtype), np.zeros((), steps.dtype))
+        span = {
+            "steps": len(steps), "rows": rows, "first_step": int(first["step"]), "last_step": int(last["step"]),
+            "first_time_ns": int(first["time_ns"]), "last_time_ns": int(last["time_ns"]),
+        }  # fmt: skip
+        self._add(entries, steps, runs, sums, notes, lanes, losses, span, fragments)
+
+    def take_back(self, step: int, fragments: int, lanes: npt.NDArray[Any] | None = None) -> None:
+        """Append the block that says of the fragments at the end of the segment that their step was aborted."""
+        steps, runs = (np.zeros(0, fmt.TABLES[field]) for field in (fmt.STEPS, fmt.RUNS))
+        span = {"steps": 0, "rows": 0, "first_step": step, "last_step": step, "first_time_ns": 0, "last_time_ns": 0}
+        self._add(_Entries(), steps, runs, Sums(), (), lanes, None, span, fragments)
+
+    def _add(
+        self,
+        entries: _Entries,
+        steps: npt.NDArray[Any],
+        runs: npt.NDArray[Any],
+        sums: Sums,
+        notes: Sequence[Mapping[str, Any]],
+        lanes: npt.NDArray[Any] | None,
+        losses: npt.NDArray[Any] | None,
+        span: dict[str, int],
+        fragments: int,
+    ) -> None:
+        tables = sums.tables()
+        for field, table in ((fmt.STEPS, steps), (fmt.RUNS, runs), (fmt.STAT_GROUPS, tables[0]), (fmt.STAT_COUNTS, tables[1])):
+            entries.table(field, table)
         if notes:
             entries.add(fmt.NOTES, b"".join(json.dumps(note).encode() + b"\n" for note in notes), rows=len(notes))
         entries.table(fmt.LANES, np.zeros(0, fmt.TABLES[fmt.LANES]) if lanes is None else lanes)
-        if losses is not None:
-            self._losses = losses
+        self._losses = self._losses if losses is None else losses
         entries.table(fmt.LOSSES, self._losses)
-        first, last = (steps[0], steps[-1]) if len(steps) else (np.zeros((), steps.dtype), np.zeros((), steps.dtype))
-        span = {
-            "first_step": int(first["step"]), "last_step": int(last["step"]),
-            "first_time_ns": int(first["time_ns"]), "last_time_ns": int(last["time_ns"]),
-        }  # fmt: skip
-        block = entries.block(kind=fmt.ROWS_BLOCK, number=self._next_block, steps=len(steps), rows=rows, **span)
-        self._index.append((self._end, len(block), fmt.ROWS_BLOCK, len(steps), rows, *span.values()))
+        block = entries.block(kind=fmt.ROWS_BLOCK, number=self._next_block, fragments=fragments, **span)
+        self._index.append((self._end, len(block), fmt.ROWS_BLOCK, *span.values()))
         self._append(block)
+        self._sum.add_tables(*tables)
         self._next_block += 1
 
     def _append(self, block: bytes) -> None:
         # The body first: a valid header is the promise that everything behind it is there.
         head = fmt.BLOCK.itemsize
-        os.pwrite(self._file.fileno(), block[head:], self._end + head)
-        os.pwrite(self._file.fileno(), block[:head], self._end)
+        self._write(block[head:], self._end + head)
+        self._write(block[:head], self._end)
         self._end += len(block)
+
+    def _write(self, data: bytes, offset: int) -> None:
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._file, view, offset)
+            view, offset = view[written:], offset + written
 
     def close(self) -> Path:
         """Write the footer and the trailer, and give the file its final name, which is returned."""
-        self._file.flush()
         entries = _Entries()
-        groups, counts = statistics.tables((layer, cls, k, stats) for (layer, cls), (k, stats) in self._sum.items())
-        entries.table(fmt.STAT_GROUPS, groups)
-        entries.table(fmt.STAT_COUNTS, counts)
+        for field, table in zip((fmt.STAT_GROUPS, fmt.STAT_COUNTS), self._sum.tables(), strict=True):
+            entries.table(field, table)
         entries.table(fmt.INDEX, np.array(self._index, fmt.TABLES[fmt.INDEX]))
         entries.table(fmt.LANES, np.zeros(0, fmt.TABLES[fmt.LANES]))
         entries.table(fmt.LOSSES, self._losses)
         footer_at = self._end
-        self._append(entries.block(kind=fmt.FOOTER_BLOCK, number=self._next_block))
+        span = {"first_step": self._index[0][5], "last_step": self._index[-1][6]} if self._index else {}
+        self._append(entries.block(kind=fmt.FOOTER_BLOCK, number=self._next_block, **span))
         trailer = np.zeros(1, fmt.TRAILER)
-        trailer["footer_offset"], trailer["file_bytes"], trailer["magic"] = (
-            footer_at,
-            self._end + fmt.TRAILER.itemsize,
-            b"MOEFOOT1",
-        )
-        trailer["crc"] = zlib.crc32(trailer.tobytes()[:20])
-        os.pwrite(self._file.fileno(), trailer.tobytes(), self._end)
-        os.fdatasync(self._file.fileno())
-        self._file.close()
+        trailer["footer_offset"], trailer["file_bytes"] = footer_at, self._end + fmt.TRAILER.itemsize
+        trailer["magic"], trailer["crc"] = b"MOEFOOT1", zlib.crc32(trailer.tobytes()[:20])
+        self._write(trailer.tobytes(), self._end)
+        # What a crash left torn behind it. Not before now: readers may have the file mapped.
+        os.ftruncate(self._file, self._end + fmt.TRAILER.itemsize)
+        os.fdatasync(self._file)
+        os.close(self._file)
         os.rename(self._open_path, self.path)
         return self.path

@@ -34,7 +34,8 @@ def main() -> None:
         counters = recorder.counters()
         trace = moe_trace.open(directory)
         text = io.StringIO()
-        export.to_jsonl(trace.steps(0, 4), text)
+        for lines, _ in export.jsonl(trace, trace.steps(0, 4), problems=[]):
+            text.write(lines)
         rows = STEPS * ROWS * LAYERS
         ours = counters["stored_bytes"] / rows
         lines = len(text.getvalue()) / (4 * ROWS * LAYERS)

@@ -69,8 +69,7 @@ def main() -> None:
             import tiny_moe
 
             arguments.model = str(Path(directory) / "model")
-            # Wider than the demo's: a step should take as long as a small model's does, not be all overhead.
-            tiny_moe.make(Path(arguments.model), hidden_size=512)
+            tiny_moe.make(arguments.model)
         off, on = [], []
         for pair in range(arguments.pairs):
             order = [None, str(Path(directory) / "trace")]

@@ -97,6 +97,20 @@ TEST_F(DrainTest, LossesAloneAreWrittenDown) {
   EXPECT_EQ(all[0].cell(EntryField::kLosses, 0, 0, 2), static_cast<uint64_t>(Loss::kAborted));
 }
 
+TEST_F(DrainTest, AbortedStepsAloneDoNotFillTheRing) {
+  Recording recording(options());
+  const auto layers = test::bind_layers(recording.steps(), 4, 60, 4);
+  const Routed routed(500, 4, 60);
+  const RowSpan span{0, 500};
+  for (int i = 0; i < 200; ++i) {  // ten times what the ring holds
+    ASSERT_EQ(recording.steps().begin_step({&span, 1}), Begun::kAdmitted) << i;
+    for (Binding* layer : layers) recording.steps().record(*layer, routed.input());
+    recording.steps().abort_step();
+    ASSERT_TRUE(recording.drain().flush(10));
+  }
+  EXPECT_EQ(recording.ring().losses(Loss::kAborted).steps, 200u);
+}
+
 TEST_F(DrainTest, AStepOfOtherShapesBeginsANewBlock) {
   {
     Recording recording(options());

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from moe_native.config import Config, ConfigError
 from moe_trace import settings
 
@@ -82,5 +83,5 @@ def test_a_wrong_value_names_the_variable_the_value_and_what_is_right(name: str,
 
 
 def test_an_unknown_key_is_not_passed_over() -> None:
-    with pytest.raises(ConfigError, match="'field' .* did you mean 'fields'"):
+    with pytest.raises(ConfigError, match=r"'field' .* did you mean 'fields'"):
         Config.parse({}, {"trace": "/a", "field": "ids"})

@@ -1,4 +1,4 @@
-"""Recording transformers models: against `output_router_logits`, in batches with padding, through `generate`, in many families."""
+"""Recording transformers models: against `output_router_logits`, with padding, through `generate`, in many families."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import moe_native
-import moe_trace
 import numpy as np
 import pytest
 import tiny_moe
 import torch
 import transformers
+
+import moe_native
+import moe_trace
 from moe_native import hf
 
 LAYERS, EXPERTS, TOP_K = 3, 60, 4
@@ -73,7 +74,7 @@ def test_rows_are_what_transformers_routed(model: Any, record: Callable[..., moe
     assert trace.tokens.tolist() == ids.flatten().tolist()
     assert trace.prefill().modality("text").rows == 14
     for layer in range(LAYERS):
-        gate = model.model.layers[layer].mlp.gate.weight.numpy()
+        gate = model.model.layers[layer].mlp.gate.weight.detach().numpy()
         np.testing.assert_allclose(trace.layer(layer).hidden @ gate.T, logits[:, layer], atol=1e-4)
 
 
@@ -173,6 +174,20 @@ def test_a_step_of_the_callers_own_is_left_to_them(model: Any, tmp_path: Path) -
     assert trace.rows == 5
 
 
+def test_gradients_are_what_they_would_be(model: Any, tmp_path: Path) -> None:
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        model(tokens(1, 4)).logits.square().mean().backward()
+        grad: torch.Tensor = model.model.layers[0].mlp.gate.weight.grad.clone()
+        model.zero_grad()
+        return grad
+
+    alone = gradient()
+    with moe_native.Recorder(tmp_path) as recorder, hf.attach(model, recorder):
+        assert torch.equal(gradient(), alone)
+    assert moe_trace.open(tmp_path).rows == 4
+
+
 def test_detaching_leaves_the_model_as_it_was(model: Any, tmp_path: Path) -> None:
     def hooks() -> int:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
@@ -215,7 +230,7 @@ def families() -> Iterator[Any]:
         {
             "n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
             "moe_intermediate_size": 16, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
-            "qk_nope_head_dim": 8, "num_key_value_heads": 2,
+            "qk_nope_head_dim": 8, "head_dim": 8,
         },
         4,
         id="deepseek_v3",
@@ -232,10 +247,10 @@ def families() -> Iterator[Any]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "options", "top_k"), families())
+@pytest.mark.parametrize(("name", "options", "top_k"), list(families()))
 def test_families(name: str, options: dict[str, Any], top_k: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = getattr(transformers, name)(**COMMON, **options)
+    config = getattr(transformers, name)(**{**COMMON, **options})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from moe_native.vllm import plugin
 
 # Prints which attributes of all of vLLM's modules and classes are others after `register()`.
@@ -71,7 +72,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def call_from(module: str, local: str, **config: Any) -> None:
-    """Call `register` as vLLM's loader does, from a function of `module` whose variable `local` has this additional config."""
+    """Call `register` from a function of `module` whose variable `local` has this config, as vLLM does."""
     code = f"def load({local}):\n    register()\n"
     scope: dict[str, Any] = {"__name__": module, "register": plugin.register}
     exec(code, scope)

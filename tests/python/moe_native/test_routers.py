@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import moe_native
-import moe_trace
 import numpy as np
 import pytest
 import torch
 from fake_vllm import Router, Runner, model
+
+import moe_native
+import moe_trace
 from moe_native.modules import layer_number
 from moe_native.vllm import routers
 

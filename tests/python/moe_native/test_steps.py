@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from moe_native.runs import RUN_DTYPE, UNKNOWN, row_class
 from moe_native.vllm.steps import Steps, external_id
 

@@ -34,7 +34,7 @@ def test_the_bound_of_the_proof_holds_in_the_demo_model() -> None:
     model = tiny_moe.make_model(tokenizer)  # 24 layers: the share falls from layer to layer
     torch.manual_seed(0)
     share = tiny_moe.smallest_share(model, torch.randint(0, len(tokenizer), (2, 256)))
-    assert tiny_moe.FAVOUR / tiny_moe.NOISE >= math.sqrt((1 - share) / (2 * share))
+    assert math.sqrt((1 - share) / (2 * share)) <= tiny_moe.FAVOUR / tiny_moe.NOISE
 
 
 def test_the_seed_decides_everything() -> None:

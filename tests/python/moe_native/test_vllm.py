@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import moe_trace
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 from conftest import Engine
+
+import moe_trace
 
 pytestmark = pytest.mark.vllm
 
@@ -78,7 +79,7 @@ def compiled(
 
 @pytest.fixture(scope="module")
 def eager(engine: Engine, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
-    """Eager, with prompts cut into chunks of at most 16 tokens and exact weights, asked for by the additional config."""
+    """Eager, prompts in chunks of at most 16 tokens, exact weights; asked for by the additional config."""
     path = tmp_path_factory.mktemp("eager") / "trace"
     settings = {"trace": str(path), "fields": ALL_FIELDS.split(","), "weights_dtype": "exact"}
     arguments = {"enforce_eager": True, "max_num_batched_tokens": 16, "additional_config": {"moe_native": settings}}
@@ -149,7 +150,7 @@ def test_token_ids_are_those_of_the_requests(with_all_fields: Recorded) -> None:
 
 
 def by_transformers(checkpoint: Path, recorded: Recorded) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    """Each request's router logits, `[rows, layers, experts]`, from transformers: one pass over the tokens that vLLM executed."""
+    """Each request's router logits, `[rows, layers, experts]`, from one pass over the tokens that vLLM executed."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
@@ -211,7 +212,7 @@ def test_recorded_hidden_states_are_the_routers_input(checkpoint: Path, with_all
 def test_compiled_graphs_of_a_run_without_recording_are_not_used_with_it(
     off: dict[str, Any], compiled: Recorded
 ) -> None:
-    # Same model, settings and cache directory: without the salt in the cache's key, `compiled` would have loaded `off`'s graphs.
+    # Same model, settings and cache directory: without the salt, `compiled` would look for `off`'s graphs.
     def key(answer: dict[str, Any]) -> set[str]:
         return {
             part

@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import moe_trace
 import pytest
 from fake_vllm import Worker, scheduled
+
+import moe_trace
 from moe_native.vllm import metadata, worker
 from moe_native.vllm.steps import Steps
 
@@ -47,7 +48,7 @@ def test_a_life(trace: Path) -> None:
     made.shutdown()
     made.shutdown()
     assert made.calls == [
-        "load_model", "compile_or_warm_up_model", "execute_model", "execute_model", "execute_model", "shutdown", "shutdown"
+        "load_model", "compile_or_warm_up_model", *["execute_model"] * 3, *["shutdown"] * 2
     ]  # fmt: skip
     read = moe_trace.open(trace)
     assert read.complete and read.rows == 6  # the 64 rows of the warm-up are not among them

@@ -32,7 +32,7 @@ PREFILL, DECODE = cls(1, 1), cls(2, 1)
 class Step:
     """runs: (request, position, count, class, flags); layers: {layer: {"ids": …, "weights": …, "logits": …}}.
 
-    An array of dtype uint32 in `logits` or `hidden` stands for bfloat16: its values are the upper 16 bits of a float32.
+    An array of dtype uint32 in `weights`, `logits` or `hidden` stands for bfloat16: its values are the upper 16 bits of a float32.
     """
 
     number: int
@@ -53,9 +53,14 @@ class Step:
         return np.concatenate([np.full(run[2], run[3]) for run in self.runs] or [np.zeros(0, int)])
 
 
-def code(array):
+def exact(array):
+    """A column as it must come back: what stands for bfloat16, widened."""
+    return (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint32 else array
+
+
+def code(array, field_=None):
     """Its dtype code, and the array as its little-endian integers or floats."""
-    if array.dtype == np.uint32 and array.ndim == 2 and array.shape[1:] != (1,):
+    if array.dtype == np.uint32 and field_ != TOKENS:
         return DTYPES["bfloat16"], array.astype("<u2")
     return DTYPES[array.dtype.name], array.astype(array.dtype.newbyteorder("<"))
 
@@ -79,7 +84,7 @@ def entry(field_, data, *, dtype=0, byte=0, layer=0xFFFF, width=0, first_row=0, 
 
 
 def column(field_, layer, array, first_row=0, codec=None):
-    dtype, array = code(array)
+    dtype, array = code(array, field_)
     rows, width = array.shape
     bytes_ = np.ascontiguousarray(array).view(np.uint8).reshape(rows * width, ITEM[dtype])
     return [
@@ -102,7 +107,7 @@ def statistics(steps, only=None):
     groups = {}
     for step in steps:
         for layer, fields in step.layers.items():
-            ids, weights = fields["ids"], fields.get("weights")
+            ids, weights = fields["ids"], exact(fields["weights"]) if "weights" in fields else None
             for row, c in enumerate(step.classes.tolist()):
                 group = groups.setdefault((layer, c), {"k": ids.shape[1], "rows": 0, "invalid": 0, "counts": {}})
                 group["rows"] += 1
@@ -137,7 +142,7 @@ class Block:
             first.number if first else 0, last.number if last else 0,
             len(self.steps) if self.count_steps is None else self.count_steps,
             0 if self.count_steps == 0 else sum(step.rows for step in self.steps),
-            first.time_ns if first else 0, last.time_ns if last else 0,
+            first.time_ns if first and self.kind != 3 else 0, last.time_ns if last and self.kind != 3 else 0,
             stored, raw, crc, self.fragments,
         )  # fmt: skip
         return head + struct.pack("<I", zlib.crc32(head))
@@ -235,7 +240,9 @@ def segment(blocks, metadata=None, *, closed=True, directory_codec=0, **identity
     whole = [step for block in rows_blocks for step in (block.steps if block.counted is None else block.counted)]
     number = blocks[-1].number + 1 if blocks else 0
     losses = rows_blocks[-1].losses if rows_blocks else ()
-    footer = Block(3, [*statistics(whole), table(INDEX, index, "QQHIIQQqq"), *bookkeeping(losses=losses)], number).pack()
+    entries = [*statistics(whole), table(INDEX, index, "QQHIIQQqq"), *bookkeeping(losses=losses)]
+    ends = [step for block in (blocks[:1] + blocks[-1:]) for step in block.steps[:: max(len(block.steps) - 1, 1)]]
+    footer = Block(3, entries, number, ends[:1] + ends[-1:], count_steps=0).pack()
     trailer = struct.pack("<QQI", len(data), len(data) + len(footer) + 32, 0)
     return data + footer + trailer + struct.pack("<I", zlib.crc32(trailer)) + b"MOEFOOT1"
 

@@ -85,23 +85,20 @@ def verify(path):
 
 
 @pytest.mark.parametrize("data", [WHOLE, OPEN], ids=["closed", "open"])
-@pytest.mark.parametrize("change", [0x01, 0x80, 0xFF])
-def test_every_byte_flipped(tmp_path, data, change):
+def test_every_byte_flipped(tmp_path, data):
     path = tmp_path / "000000.moe"
     unnoticed = []
     for at in range(len(data)):
         damaged = bytearray(data)
-        damaged[at] ^= change
+        damaged[at] ^= (0x01, 0x80, 0xFF)[at % 3]
         path.write_bytes(damaged)
         if verify(path):
             unnoticed.append(at)
-    # Only padding may change without anybody noticing, and the trailer's magic is what says that a segment is closed.
-    padding = padding_of(data)
-    assert [at for at in unnoticed if at not in padding] == []
+    assert [at for at in unnoticed if at not in not_read(data)] == []
 
 
-def padding_of(data):
-    """Places that no checksum covers: between the metadata, directories, entries and the next multiple of 64."""
+def not_read(data):
+    """Padding, and tables that a closed segment can do without: of blocks, those whose sums the footer has, and of the footer, the index."""
     used = set()
     stored = struct.unpack_from("<I", data, 80)[0]
     used |= set(range(128 + stored))
@@ -112,7 +109,9 @@ def padding_of(data):
         used |= set(range(at, at + 128 + directory))
         for i in range(entries):
             offset, length = struct.unpack_from("<QQ", data, at + 128 + 48 * i + 24)
-            used |= set(range(at + offset, at + offset + length))
+            summed = (sb.STAT_GROUPS, sb.STAT_COUNTS, sb.LANES, sb.LOSSES) if data[at + 8] == 1 else (sb.INDEX, sb.LANES)
+            if data[at + 128 + 48 * i] not in summed:
+                used |= set(range(at + offset, at + offset + length))
         at += size
     used |= set(range(at, len(data)))
     return set(range(len(data))) - used

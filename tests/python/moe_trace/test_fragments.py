@@ -26,8 +26,8 @@ def before():
     return sb.rows_block([BEFORE], 0, notes=NOTES)
 
 
-def after(number):
-    return sb.rows_block([AFTER], number)
+def after(number, losses=()):
+    return sb.rows_block([AFTER], number, losses=losses)
 
 
 def completing():
@@ -61,7 +61,7 @@ def test_all_of_a_step_in_fragments(tmp_path):
 
 
 def test_an_aborted_step_takes_its_fragments_back(tmp_path):
-    trace = written(tmp_path, [before(), *FRAGMENTS, sb.takes_back(BIG, 2, 3, losses=[(2, 1, 2, 20)]), after(4)])
+    trace = written(tmp_path, [before(), *FRAGMENTS, sb.takes_back(BIG, 2, 3, losses=[(2, 1, 2, 20)]), after(4, [(2, 1, 2, 20)])])
     same(trace, [BEFORE, AFTER])
     assert trace.losses["aborted"].rows == 20
 
@@ -69,7 +69,7 @@ def test_an_aborted_step_takes_its_fragments_back(tmp_path):
 def test_a_layer_with_a_gap_is_no_layer_of_the_step(tmp_path):
     """The recorder leaves it out of the statistics as well, and counts it as incomplete."""
     block = sb.completing(BIG, REST[1:], 2, 3, whole=[0], losses=[(5, 0, 1, 20)])
-    trace = written(tmp_path, [before(), *FRAGMENTS, block, after(4)])
+    trace = written(tmp_path, [before(), *FRAGMENTS, block, after(4, [(5, 0, 1, 20)])])
     assert trace.layer(0).rows == 29 and trace.layer(3).rows == 9
     assert np.array_equal(trace.layer(3).ids, sb.of_rows([BEFORE, AFTER], 3))
     assert np.array_equal(trace.layer(3).counts(), np.bincount(sb.of_rows([BEFORE, AFTER], 3).ravel(), minlength=60))

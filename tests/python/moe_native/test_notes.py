@@ -1,0 +1,92 @@
+"""Notes wait until a step has carried them, and a step carries no more than fits."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+
+from moe_native import notes as module
+from moe_native.notes import Notes
+
+
+def unpacked(notes):
+    """(kind, key, line) of framed notes, as csrc/RING.md says."""
+    data, at, found = b"".join(notes), 0, []
+    while at < len(data):
+        kind, key, size = struct.unpack_from("<III", data, at)
+        at += 12
+        found.append((kind, key, json.loads(data[at : at + size]) if size else None))
+        at += size
+    return found
+
+
+def test_a_request_is_noted_once_and_again_when_more_is_known():
+    notes = Notes(limit=1 << 20)
+    assert notes.request("a", {"prompt_len": 5}) == 0
+    assert notes.request("b", {}) == 1
+    assert notes.request("a", {}) == 0
+    assert notes.request("a", {"prompt_len": 6}) == 0
+    assert unpacked(notes.next()) == [
+        (1, 0, {"type": "request", "index": 0, "id": "a", "prompt_len": 5}),
+        (1, 1, {"type": "request", "index": 1, "id": "b"}),
+        (1, 0, {"type": "request", "index": 0, "id": "a", "prompt_len": 6}),
+    ]
+
+
+def test_undelivered_notes_wait():
+    notes = Notes(limit=1 << 20)
+    notes.request("a", {})
+    first = notes.next()
+    assert notes.next() == first
+    notes.request("b", {})
+    notes.delivered(len(first))
+    assert [line["id"] for _, _, line in unpacked(notes.next())] == ["b"]
+
+
+def test_a_step_carries_what_fits_and_at_least_one():
+    notes = Notes(limit=200)
+    for i in range(10):
+        notes.request(f"request-{i}", {})
+    notes.request("x" * 1000, {})
+    seen = []
+    while batch := notes.next():
+        assert sum(map(len, batch)) <= 200 or len(batch) == 1
+        seen += [line["id"] for _, _, line in unpacked(batch)]
+        notes.delivered(len(batch))
+    assert seen == [f"request-{i}" for i in range(10)] + ["x" * 1000]
+
+
+def test_an_ended_request_gets_a_new_index():
+    notes = Notes(limit=1 << 20)
+    notes.request("a", {})
+    notes.finish("a")
+    notes.finish("never heard of")
+    assert notes.known("a") is None
+    assert notes.request("a", {}) == 1
+    assert [kind for kind, _, _ in unpacked(notes.next())] == [1, 2, 1]
+
+
+def test_the_oldest_is_forgotten_when_nobody_finishes_any(monkeypatch):
+    monkeypatch.setattr(module, "MOST_REQUESTS", 3)
+    notes = Notes(limit=1 << 20)
+    for name in "abcd":
+        notes.request(name, {})
+    assert len(notes) == 3 and notes.known("a") is None
+    assert notes.request("a", {}) == 4
+
+
+def test_amendments():
+    notes = Notes(limit=1 << 20)
+    notes.amend(7, 2, 3, ["rejected"])
+    assert unpacked(notes.next()) == [
+        (3, 0, {"type": "amend", "step": 7, "row": 2, "count": 3, "set": ["rejected"]}),
+    ]
+
+
+@pytest.mark.parametrize("name", ["", "täst", 'quote"\n', "x" * 10_000])
+def test_any_name_survives(name):
+    notes = Notes(limit=64)
+    notes.request(name, {})
+    assert unpacked(notes.next())[0][2]["id"] == name
