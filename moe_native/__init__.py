@@ -15,7 +15,8 @@ if importlib.util.find_spec("moe_native._C") is None:
         "record, install torch and then moe-native with --no-build-isolation and without MOE_NATIVE_READER_ONLY."
     )
 
+from moe_native import hf
 from moe_native.recorder import Recorder
 from moe_trace import __version__
 
-__all__ = ["Recorder", "__version__"]
+__all__ = ["Recorder", "__version__", "hf"]

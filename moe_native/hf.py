@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
@@ -146,8 +146,11 @@ class Attachment:
         config = getattr(model, "config", None)
         self._modality = "unknown" if hasattr(config, "vision_config") or hasattr(config, "audio_config") else "text"
         self._handles = [handle for block in blocks for handle in block.bind(recorder)]
-        self._handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
-        self._handles.append(model.register_forward_hook(self._after, always_call=True))
+        # Steps are opened and closed in Python, also around a model that is compiled.
+        outside: Callable[[Any], Any] = torch.compiler.disable
+        before, after = outside(self._before), outside(self._after)
+        self._handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(after, always_call=True))
         recorder.update_metadata(**_describe(model))
 
     def detach(self) -> None:
@@ -167,7 +170,6 @@ class Attachment:
 
     # Around a forward pass. Nothing that goes wrong here may reach the model.
 
-    @torch.compiler.disable  # type: ignore[misc]
     def _before(self, _: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         self._runs = None
         try:
@@ -175,7 +177,6 @@ class Attachment:
         except Exception as error:
             self._complain(error)
 
-    @torch.compiler.disable  # type: ignore[misc]
     def _after(self, _: torch.nn.Module, __: Any, output: Any) -> None:
         runs, self._runs = self._runs, None
         if runs is None:

@@ -16,8 +16,8 @@ namespace {
   throw std::system_error(error, std::generic_category(), what);
 }
 
-// Every page is there and writable before the model's first store: a first touch costs 7 µs, and MAP_POPULATE prepares shared
-// mappings for reading only.
+// Every page is there and writable before the model's first store: a first touch costs 7 µs, and MAP_POPULATE prepares
+// shared mappings for reading only.
 void populate(std::byte* data, size_t bytes) {
 #ifdef MADV_POPULATE_WRITE
   if (::madvise(data, bytes, MADV_POPULATE_WRITE) == 0) return;

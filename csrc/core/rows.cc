@@ -22,7 +22,8 @@ uint32_t narrow(const RowsView& ids, int64_t first, int64_t count, uint32_t expe
   if (ids.column_stride == 1 && ids.row_stride == ids.width) {
     const From* from = data + first * ids.width;
     const int64_t total = count * ids.width;
-    // Legal ids are the rule: one pass that a compiler turns into vector code, and a count only where it found one that is not.
+    // Legal ids are the rule: one pass that a compiler turns into vector code, and a count only where it found one that
+    // is not.
     const Unsigned last = static_cast<Unsigned>(experts - 1);
     Unsigned bad = 0;
     for (int64_t i = 0; i < total; ++i) {

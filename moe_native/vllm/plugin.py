@@ -27,6 +27,8 @@ log = logging.getLogger("moe_native")
 
 KEY = "moe_native"  # in the additional config
 _STACK_DEPTH = 40
+# The process in which vLLM looks at a model's class. It makes no worker, and importing one there takes seconds.
+_INSPECTOR = "vllm.model_executor.models.registry"
 
 _registered = False
 
@@ -38,6 +40,8 @@ def register() -> None:
         return
     try:
         if not os.environ.get("MOE_NATIVE_TRACE") and not _asked_by_caller():
+            return
+        if getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "") == _INSPECTOR:
             return
         _wrap_workers()
         _registered = True

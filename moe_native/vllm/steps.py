@@ -58,8 +58,11 @@ class Steps:
         self._free: list[int] = []
         self._index: Ints = np.zeros(0, np.int64)  # by slot: the recorder's request index,
         self._prompt: Ints = np.zeros(0, np.int64)  # the prompt's length,
-        self._executed: Ints = np.zeros(0, np.int64)  # how many of its positions have been executed,
+        self._lowest: Ints = np.zeros(0, np.int64)  # the first of its positions that was executed (others were cached),
+        self._executed: Ints = np.zeros(0, np.int64)  # one past the last that was executed,
         self._media: dict[int, list[MediaSpan]] = {}  # and what is not text in its prompt
+        # Draft tokens of a request's last step: (step, their first row, its position, how many).
+        self._drafts: dict[str, tuple[int, int, int, int]] = {}
         # The batch of the step before: while it stays the same, looking its requests up can be left out.
         self._batch: list[str] = []
         self._batch_slots: Ints = np.zeros(0, np.int64)
@@ -83,7 +86,11 @@ class Steps:
         if not requests or ends[-1] != rows:  # rows that we cannot tell apart are nobody's, rather than somebody else's
             runs = np.array([(UNKNOWN, UNKNOWN, rows, 0, 0)], RUN_DTYPE)
         else:
-            runs = self._runs(self._find(requests), positions[ends - counts], counts)
+            first = positions[ends - counts]
+            runs = self._runs(self._find(requests), first, counts)
+            drafts = getattr(scheduler_output, "scheduled_spec_decode_tokens", None)
+            if drafts or self._drafts:
+                self._judge_drafts(requests, first.tolist(), ends.tolist(), counts.tolist(), drafts or {})
         self._recorder.end_step(runs, tokens=tokens)
         return True
 
@@ -129,13 +136,14 @@ class Steps:
         decode = first >= prompts
         runs["cls"] = np.where(decode, DECODE, PREFILL)
         # To be cut: runs that cross the prompt's end, repeat positions, or may hold something else than text.
-        special = (~decode & (ends > prompts)) | (first < executed)
+        special = (~decode & (ends > prompts)) | ((first < executed) & (ends > self._lowest[slots]))
         if self._media:
             special |= ~decode & np.fromiter((int(slot) in self._media for slot in slots), bool, len(slots))
         special |= prompts < 0
         if special.any():
             runs = self._cut(runs, slots, special)
         self._executed[slots] = np.maximum(executed, ends)
+        self._lowest[slots] = np.minimum(self._lowest[slots], first)
         return runs
 
     def _cut(self, runs: npt.NDArray[np.void], slots: Ints, special: npt.NDArray[np.bool_]) -> npt.NDArray[np.void]:
@@ -145,15 +153,38 @@ class Steps:
                 out.append(run)
                 continue
             request, first, count = run[:3]
-            prompt, executed, media = int(self._prompt[slot]), int(self._executed[slot]), self._media.get(slot, [])
-            edges = {prompt, executed, *(edge for span in media for edge in span[:2])}
+            prompt, media = int(self._prompt[slot]), self._media.get(slot, [])
+            lowest, executed = int(self._lowest[slot]), int(self._executed[slot])
+            edges = {prompt, lowest, executed, *(edge for span in media for edge in span[:2])}
             points = [first, *sorted(edge for edge in edges if first < edge < first + count), first + count]
             for start, stop in itertools.pairwise(points):
                 modality = next((name for low, high, name in media if low <= start < high), "text")
                 phase = "unknown" if prompt < 0 else "prefill" if start < prompt else "decode"
-                flags = RECOMPUTED if start < executed else 0
+                flags = RECOMPUTED if lowest <= start < executed else 0
                 out.append((request, start, stop - start, row_class(phase, modality, True), flags))
         return np.array(out, RUN_DTYPE)
+
+    def _judge_drafts(
+        self,
+        requests: list[str],
+        first: list[int],
+        ends: list[int],
+        counts: list[int],
+        drafts: dict[str, list[int]],
+    ) -> None:
+        """Draft tokens that a step before executed and that were not accepted: a request goes on at the first position
+        that was not. Its last step's are never known, and neither are those before a preemption."""
+        step = self._recorder.counters()["steps_begun"] - 1 if drafts else 0
+        for request, start, end, count in zip(requests, first, ends, counts, strict=True):
+            earlier = self._drafts.pop(request, None)
+            if earlier is not None:
+                of_step, row, position, number = earlier
+                accepted = start - position
+                if 0 <= accepted < number:
+                    self._recorder.amend(of_step, row + accepted, number - accepted, ["rejected"])
+            number = len(drafts.get(request, ()))
+            if number:
+                self._drafts[request] = (step, end - number, start + count - number, number)
 
     # Requests.
 
@@ -174,9 +205,9 @@ class Steps:
         if not self._free:
             grown = max(64, 2 * len(self._index))
             self._free = list(range(grown - 1, len(self._index) - 1, -1))
-            self._index, self._prompt, self._executed = (
+            self._index, self._prompt, self._lowest, self._executed = (
                 np.concatenate([old, np.zeros(grown - len(old), np.int64)])
-                for old in (self._index, self._prompt, self._executed)
+                for old in (self._index, self._prompt, self._lowest, self._executed)
             )
         slot = self._free.pop()
         # A user may have two requests of one name under way: the second is recorded under vLLM's own name for it.
@@ -185,7 +216,7 @@ class Steps:
             name = internal
         known = {} if prompt < 0 else {"prompt_len": prompt}
         self._index[slot] = self._recorder.request(name, internal=internal, **known)
-        self._prompt[slot], self._executed[slot] = prompt, 0
+        self._prompt[slot], self._lowest[slot], self._executed[slot] = prompt, UNKNOWN, 0
         self._slots[internal], self._names[internal], self._internal[name] = slot, name, internal
         return slot
 
@@ -197,6 +228,7 @@ class Steps:
         del self._internal[name]
         self._recorder.finish(name)
         self._media.pop(slot, None)
+        self._drafts.pop(internal, None)
         self._free.append(slot)
         self._batch = []
 

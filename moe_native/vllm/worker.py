@@ -1,10 +1,10 @@
 """One vLLM worker that records: from its making to its shutdown.
 
-    made            the compile cache's key is salted: no graph without the op may be reused
-    load_model      right after it, the routers are bound and the ring takes its memory, before the KV cache takes the
-    rest warm-up         profiling, compiling and warm-up run the routers too; no step is open, so the op does nothing
-    execute_model   from the first one after compile_or_warm_up_model: a step around each shutdown        the trace is
-    closed
+- made: the compile cache's key is salted, because no graph without the op may be reused;
+- `load_model`: right after it the routers are bound and the ring takes its memory, before the KV cache takes the rest;
+- warm-up: profiling, compiling and warm-up run the routers too, but no step is open, so the op does nothing;
+- `execute_model`, from the first one after `compile_or_warm_up_model`: a step around each;
+- `shutdown`: the trace is closed.
 
 Whatever goes wrong here is caught, counted, said once in the log, and the engine serves on.
 """

@@ -139,7 +139,7 @@ def generate(model: str, trace: Path, log: Path, dtype: str) -> int:
             llm = LLM(model=model, dtype=dtype, seed=SEED, max_model_len=1024, enable_prefix_caching=False)
             sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
             outputs = llm.generate(list(PROBLEMS), sampling, use_tqdm=False)
-            del llm  # ends the engine's process, which closes the trace
+            llm.llm_engine.engine_core.shutdown()  # the engine's processes end, and the trace is closed
         except Exception as error:
             raise DemoError(f"vLLM failed ({type(error).__name__}: {first_line(error)}); its log is {log}") from error
     # The last token of each answer is sampled and never goes through the model.

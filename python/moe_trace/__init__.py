@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from moe_trace.batch import Batch
 from moe_trace.errors import DamagedTrace, NotATrace, TraceError, TraceNotFound, UnsupportedVersion
 from moe_trace.recover import Recovery, recover
-from moe_trace.select import Batch, Selection
+from moe_trace.select import Selection
 from moe_trace.statistics import LayerStats
 from moe_trace.trace import Layer, Loss, Trace, open
 

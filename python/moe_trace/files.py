@@ -1,4 +1,6 @@
-"""Opening files that a stranger may have put there: plain files only, so that a pipe or a device does not hang the reader."""
+"""Opening files that a stranger may have put there: plain files only, so that a pipe or a device does not hang the
+reader.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The bytes of segments and rings as numpy types, and checks of what they claim. csrc/FORMAT.md and csrc/RING.md are the specification."""
+"""The bytes of segments and rings as numpy types, and checks of what they claim. csrc/FORMAT.md and csrc/RING.md are
+the specification.
+"""
 
 from __future__ import annotations
 
@@ -58,13 +60,17 @@ FIELD_NAMES = {IDS: "ids", WEIGHTS: "weights", LOGITS: "logits", HIDDEN: "hidden
 #: Bytes per element by dtype code.
 ITEM_BYTES = {1: 1, 2: 2, 3: 4, 4: 2, 5: 2, 6: 4}
 BFLOAT16 = 5
-_NUMPY = {1: np.dtype("u1"), 2: np.dtype("<u2"), 3: np.dtype("<u4"), 4: np.dtype("<f2"), 6: np.dtype("<f4")}
+_NUMPY: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("<u2"),
+    3: np.dtype("<u4"),
+    4: np.dtype("<f2"),
+    6: np.dtype("<f4"),
+}
 
 TABLES: dict[int, np.dtype[Any]] = {
     STEPS: np.dtype([("step", "<u8"), ("time_ns", "<i8"), ("rows", "<u4"), ("runs", "<u4"), ("flags", "<u4")]),
-    RUNS: np.dtype(
-        [("request", "<u4"), ("position", "<u4"), ("count", "<u4"), ("cls", "<u2"), ("flags", "<u2")]
-    ),
+    RUNS: np.dtype([("request", "<u4"), ("position", "<u4"), ("count", "<u4"), ("cls", "<u2"), ("flags", "<u2")]),
     STAT_GROUPS: np.dtype(
         [("layer", "<u2"), ("cls", "<u2"), ("k", "<u2"), ("items", "<u4"), ("rows", "<u8"), ("invalid", "<u8")]
     ),
@@ -76,7 +82,7 @@ TABLES: dict[int, np.dtype[Any]] = {
             ("offset", "<u8"), ("bytes", "<u8"), ("kind", "<u2"), ("steps", "<u4"), ("rows", "<u4"),
             ("first_step", "<u8"), ("last_step", "<u8"), ("first_time_ns", "<i8"), ("last_time_ns", "<i8"),
         ]
-    ),  # fmt: skip
+    ),
 }  # fmt: skip
 
 CAUSES = ("ring_full", "too_large", "aborted", "bad_input", "no_lane", "incomplete", "io_error")
@@ -106,9 +112,10 @@ def crc_holds(data: Bytes, offset: int, header: Any) -> bool:
 def check_version(major: int, incompatible: int, what: str) -> None:
     """Raises UnsupportedVersion for what a later format brought."""
     if major != MAJOR or incompatible != 0:
+        features = f" with features {incompatible:#x}" if incompatible else ""
         raise UnsupportedVersion(
-            f"{what} is in format version {major}{f' with features {incompatible:#x}' if incompatible else ''}; this moe_trace reads "
-            f"version {MAJOR}. Update it: pip install --upgrade moe-native"
+            f"{what} is in format version {major}{features}; this moe_trace reads version {MAJOR}. "
+            "Update it: pip install --upgrade moe-native"
         )
 
 
@@ -117,7 +124,10 @@ def read_superblock(data: Bytes, what: str) -> Any:
     if bytes(data[:8]) != b"MOETRACE":
         raise NotATrace(f"{what} is not a segment of moe_native. Give a trace directory or a .moe file")
     if len(data) < SUPERBLOCK.itemsize:
-        raise DamagedTrace(f"{what} ends within its first {SUPERBLOCK.itemsize} bytes: nothing was written to it yet, or it was cut off")
+        raise DamagedTrace(
+            f"{what} ends within its first {SUPERBLOCK.itemsize} bytes: cut off, or nothing was written to it yet. "
+            "Nothing can be read from it; restore it or delete it"
+        )
     head = struct_at(data, 0, SUPERBLOCK)
     # The version stands where it stands in every version, so that it can be told even where the rest has moved.
     check_version(int(head["major"]), 0, what)
@@ -179,7 +189,9 @@ def encode_table(table: npt.NDArray[Any]) -> bytes:
 
 
 def join_planes(planes: list[Bytes], dtype: int, rows: int, width: int) -> npt.NDArray[Any]:
-    """A column `[rows, width]` from its byte planes, the least significant first. bfloat16 comes back as float32 (exactly)."""
+    """A column `[rows, width]` from its byte planes, the least significant first. bfloat16 comes back as float32
+    (exactly).
+    """
     n = rows * width
     if len(planes) != ITEM_BYTES[dtype] or any(len(plane) != n for plane in planes):
         raise DamagedTrace("a plane is missing or has the wrong length")

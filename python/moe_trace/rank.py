@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace import format as fmt
-from moe_trace import ring as rings
-from moe_trace.block import Block, FileBlock
+from moe_trace.block import Block
 from moe_trace.errors import DamagedTrace, TraceError, TraceNotFound
+from moe_trace.file_block import FileBlock
 from moe_trace.files import read_plain
-from moe_trace.ring import RingBlock
+from moe_trace.owner import process_lives
+from moe_trace.ring import Ring
+from moe_trace.ring_block import RingBlock
 from moe_trace.segment import Segment, never_begun
 from moe_trace.statistics import LayerStats
 
@@ -42,7 +45,7 @@ class Request:
 
 def segment_paths(directory: Path) -> list[Path]:
     """The segments of a rank's directory in the order of writing, open ones included."""
-    found = {}
+    found: dict[int, str] = {}
     for name in os.listdir(directory):
         stem = name.removesuffix(".open").removesuffix(".moe")
         if stem.isdigit() and name in (f"{stem}.moe", f"{stem}.moe.open"):
@@ -90,12 +93,12 @@ class Rank:
         pid, ticks, boot = (self.owner.get(key) for key in ("pid", "start_ticks", "boot_id"))
         if not isinstance(pid, int) or not isinstance(ticks, int) or not isinstance(boot, str):
             return False
-        if rings.process_lives(pid, ticks, boot):
+        if process_lives(pid, ticks, boot):
             return True
         # Its process id may mean nothing here, in another container: the lock on the ring does.
         path = self.ring_path
         try:
-            return path is not None and rings.Ring(path).owned
+            return path is not None and Ring(path).owned
         except (OSError, TraceError):
             return False
 
@@ -134,7 +137,7 @@ class Rank:
         return "closed" if self.closed or (not self.file and all(s.closed for s in self.segments)) else "crashed"
 
     @cached_property
-    def ring(self) -> rings.Ring | None:
+    def ring(self) -> Ring | None:
         """The ring of a process that died, if it can be read."""
         if self.state != "crashed" or self._only is not None:
             return None
@@ -142,18 +145,20 @@ class Rank:
         if path is None:
             return None
         try:
-            ring = rings.Ring(path)
+            ring = Ring(path)
         except FileNotFoundError:
             self._problems.append(
-                f"the process that wrote {self.directory} died and its ring {path} is gone (a restart of the machine or the container?): "
-                "what it had not yet written is lost"
+                f"the process that wrote {self.directory} died and its ring {path} is gone (was the machine or the "
+                "container restarted?): what it had not yet written is lost"
             )
             return None
         except (OSError, TraceError) as error:
             self._problems.append(f"the ring of {self.directory} cannot be read: {error}")
             return None
         if self.file["ring"].get("id") != f"{ring.id:016x}" or ring.owned:
-            self._problems.append(f"{path} is not the ring of {self.directory}, but another's; what was in its own is lost")
+            self._problems.append(
+                f"{path} is not the ring of {self.directory}, but another's; what was in its own is lost"
+            )
             return None
         return ring
 
@@ -177,7 +182,7 @@ class Rank:
             return [], {}
         written: dict[int, int] = {}
         after_step = -1
-        for block in reversed(self._file_blocks):
+        for block in (block for segment in reversed(self.segments) for block in reversed(segment.blocks)):
             try:
                 for lane in block.lanes:
                     written[int(lane["lane"])] = max(written.get(int(lane["lane"]), 0), int(lane["last"]))
@@ -200,7 +205,7 @@ class Rank:
         if not self.closed or path is None:
             return False
         try:
-            ring = rings.Ring(path)
+            ring = Ring(path)
         except FileNotFoundError:
             return True
         except (OSError, TraceError):
@@ -210,8 +215,10 @@ class Rank:
     @property
     def cut_step(self) -> FileBlock | None:
         """The fragments with which the last segment ends, of a step that no block completes."""
-        last = self._file_blocks[-1] if self._file_blocks else None
-        return None if last is None or last.complete or self.segments[-1].closed else last
+        if not self.segments or self.segments[-1].closed:
+            return None
+        blocks = self.segments[-1].blocks
+        return blocks[-1] if blocks and not blocks[-1].complete else None
 
     @property
     def cut_step_was_aborted(self) -> bool:
@@ -238,13 +245,19 @@ class Rank:
     @cached_property
     def losses(self) -> dict[int, tuple[int, int, int]]:
         """Totals since the start of the run by cause: steps, layers, rows."""
-        tables = (self.ring.losses,) if self.ring is not None else (segment.losses for segment in reversed(self.segments))
+        tables = (
+            (self.ring.losses,) if self.ring is not None else (segment.losses for segment in reversed(self.segments))
+        )
         table = next((table for table in tables if table is not None), ())  # the newest has the totals
         found = {int(loss["cause"]): (int(loss["steps"]), int(loss["layers"]), int(loss["rows"])) for loss in table}
         for block in self.ring_blocks:
             if block.incomplete_layers:
                 steps, layers, rows = found.get(_INCOMPLETE, (0, 0, 0))
-                found[_INCOMPLETE] = steps, layers + block.incomplete_layers, rows + block.incomplete_layers * block.rows
+                found[_INCOMPLETE] = (
+                    steps,
+                    layers + block.incomplete_layers,
+                    rows + block.incomplete_layers * block.rows,
+                )
         return found
 
     @cached_property
@@ -289,7 +302,9 @@ class Rank:
 
     @property
     def problems(self) -> list[str]:
-        """What is wrong with what this process wrote, as far as it was looked at: of closed segments, their ends and what was read."""
+        """What is wrong with what this process wrote, as far as it was looked at: of closed segments, their ends and
+        what was read.
+        """
         segments, ring = self.segments, self.ring
         problems = [*self._problems, *map(str, self.errors)]
         for segment in segments:
@@ -302,13 +317,15 @@ class Rank:
                 )
             problems += segment.problems
         numbers = [segment.number for segment in segments]
-        if self._only is None and any(b - a != 1 for a, b in zip(numbers, numbers[1:], strict=False)):
+        if self._only is None and any(b - a != 1 for a, b in pairwise(numbers)):
             problems.append(f"{self.directory} lacks a segment between others: rows are missing")
         cut = [block.first_step for block in self.ring_blocks if not block.complete]
         if ring is None and self.cut_step is not None:
             cut.append(self.cut_step.first_step)
         problems += ring.problems if ring is not None else []
-        problems += [f"the process died inside step {n} in {self.directory}: its whole layers are kept, as nobody's" for n in cut]
+        problems += [
+            f"the process died inside step {n} in {self.directory}: its whole layers are kept, as nobody's" for n in cut
+        ]
         return problems
 
     def add_statistics(self, into: dict[int, LayerStats], wanted: Callable[[int, int], bool]) -> None:

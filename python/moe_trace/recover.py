@@ -20,7 +20,7 @@ from moe_trace import format as fmt
 from moe_trace.block import Block
 from moe_trace.errors import TraceError
 from moe_trace.rank import Rank, segment_paths
-from moe_trace.ring import RingBlock
+from moe_trace.ring_block import RingBlock
 from moe_trace.segment import never_begun
 from moe_trace.trace import open as open_trace
 from moe_trace.writer import SegmentWriter
@@ -51,7 +51,8 @@ class Recovery:
 
 
 def recover(path: str | os.PathLike[str]) -> Recovery:
-    """Fold the rings of dead processes into a trace. Rings of living processes are left alone; calling it again finds nothing to do.
+    """Fold the rings of dead processes into a trace. Rings of living processes are left alone; calling it again finds
+    nothing to do.
 
     Raises:
         TraceError: there is no trace at the path.
@@ -80,7 +81,9 @@ def recover(path: str | os.PathLike[str]) -> Recovery:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[bool]:
-    """Hold the rank's directory against other recoverers. False where its file system has no locks or it cannot be written."""
+    """Hold the rank's directory against other recoverers. False where its file system has no locks or it cannot be
+    written.
+    """
     try:
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
@@ -104,21 +107,25 @@ def _recover_rank(rank: Rank, report: Recovery) -> None:
     writer = _writer(rank, bool(blocks or len(losses)))
     if writer is not None:
         cut = rank.cut_step
+        defined: set[Any] = set()
         rest: list[RingBlock] = list(blocks)
         if cut is not None:
             # Fragments are completed by what the ring has of their step: it may be nothing, or that it was aborted.
             of_ring = rest.pop(0) if rest and rest[0].first_step == cut.first_step else None
-            last = None if rest else lanes
+            last = None if any(block.complete or block.layers for block in rest) else lanes
             if rank.cut_step_was_aborted:
                 writer.take_back(cut.first_step, cut.fragments, last)
             else:
                 whole: Block = of_ring or cut
+                columns = {key: whole.column(*key) for key in whole.columns}
+                pieces = of_ring.from_ring if of_ring else ()
+                notes = _with_requests(whole.notes, whole.runs, rank, defined)
                 writer.add(
-                    {key: whole.column(*key) for key in whole.columns}, whole.steps, whole.runs, notes=whole.notes, lanes=last,
-                    losses=losses, fragments=cut.fragments, rest=of_ring.from_ring if of_ring else (),
+                    columns, whole.steps, whole.runs, notes=notes, lanes=last, losses=losses,
+                    fragments=cut.fragments, rest=pieces,
                 )  # fmt: skip
-        defined: set[Any] = set()
-        groups = list(_alike(rest))
+        # Of the step that was cut off there may be no whole layer; then its loss is all there is to say.
+        groups = list(_alike([block for block in rest if block.complete or block.layers]))
         for group in groups:
             _write(writer, group, rank, defined, lanes if group is groups[-1] else None, losses)
         if not groups and cut is None and (len(losses) or len(lanes)):
@@ -129,13 +136,16 @@ def _recover_rank(rank: Rank, report: Recovery) -> None:
         content["problems"] = problems
     _finish(rank, content)
     report.ranks.append(rank.directory)
-    report.steps += len(blocks)
-    report.rows += sum(block.rows for block in blocks)
+    saved = [block for block in blocks if block.layers]
+    report.steps += len(saved)
+    report.rows += sum(block.rows for block in saved)
     report.problems += problems
 
 
 def _writer(rank: Rank, needed: bool) -> SegmentWriter | None:
-    """A writer that goes on where the dead process stopped; None where there is nothing to close and nothing is `needed`."""
+    """A writer that goes on where the dead process stopped; None where there is nothing to close and nothing is
+    `needed`.
+    """
     for path in segment_paths(rank.directory):
         if path.suffix == ".open" and never_begun(path):
             path.unlink()
@@ -172,19 +182,27 @@ def _write(
 ) -> None:
     columns = {key: np.concatenate([block.column(*key) for block in group]) for key in group[0].columns}
     steps, runs = (np.concatenate([getattr(block, table) for block in group]) for table in ("steps", "runs"))
-    notes = [note for block in group for note in block.notes]
-    defined |= {note.get("index") for note in notes if note.get("type") == "request"}
-    # Requests that were defined in earlier segments are defined again, so that this one can be read alone.
-    for index in sorted(set(np.unique(runs["request"]).tolist()) - defined):
-        if index in rank.requests:
-            notes.insert(0, {"type": "request", "index": index, **rank.requests[index].info})
-            defined.add(index)
+    notes = _with_requests([note for block in group for note in block.notes], runs, rank, defined)
     dtypes = {key: dtype for key, (dtype, _) in group[0].columns.items()}
     writer.add(columns, steps, runs, notes=notes, lanes=lanes, losses=losses, stored_as=dtypes)
 
 
+def _with_requests(
+    notes: list[dict[str, Any]], runs: npt.NDArray[Any], rank: Rank, defined: set[Any]
+) -> list[dict[str, Any]]:
+    """The notes, and before them the requests of these runs that an earlier segment defined: this one can then be
+    read alone.
+    """
+    defined |= {note.get("index") for note in notes if note.get("type") == "request"}
+    again = [i for i in np.unique(runs["request"]).tolist() if i in rank.requests and i not in defined]
+    defined |= set(again)
+    return [{"type": "request", "index": i, **rank.requests[i].info} for i in again] + notes
+
+
 def _finish(rank: Rank, content: dict[str, Any]) -> None:
-    """Say in rank.json that all is in the segments, then remove the ring. Killed in between, the next recovery does the rest."""
+    """Say in rank.json that all is in the segments, then remove the ring. Killed in between, the next recovery does
+    the rest.
+    """
     if rank.file:
         _replace(rank.directory / "rank.json", json.dumps(content, indent=1))
     if rank.left_its_ring or rank.ring is not None:
@@ -203,4 +221,3 @@ def _replace(path: Path, text: str) -> None:
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(text)
     os.replace(temporary, path)
-

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace import format as fmt
-from moe_trace.block import FileBlock, read_header
 from moe_trace.errors import DamagedTrace, TraceNotFound
+from moe_trace.file_block import FileBlock, read_header
 from moe_trace.files import mapped, open_plain
 from moe_trace.statistics import LayerStats, add_groups
 
@@ -24,7 +24,8 @@ _BLOCK_MAGIC = int.from_bytes(b"MOEB", "little")
 
 
 class Segment:
-    """A segment, closed or being written. Cheap to open: only its superblock and trailer are read until more is asked for.
+    """A segment, closed or being written. Cheap to open: only its superblock and trailer are read until more is asked
+    for.
 
     Args:
         path: of the file.
@@ -143,14 +144,17 @@ class Segment:
         self._cut_off(fragments, blocks)  # if it is not closed, the ring may have the rest
         return blocks, whole_to
 
-    def _add_rows_block(self, blocks: list[FileBlock], fragments: list[tuple[int, Any]], block: tuple[int, Any]) -> None:
+    def _add_rows_block(
+        self, blocks: list[FileBlock], fragments: list[tuple[int, Any]], block: tuple[int, Any]
+    ) -> None:
         header, path = block[1], self.path
         if not int(header["steps"]):  # nothing, or it takes its fragments back
             blocks.append(FileBlock(self._data, [block], path=path))
         elif int(header["fragments"]) == len(fragments):
             blocks.append(FileBlock(self._data, [*fragments, block], path=path))
         else:
-            # What is left is read as far as it has no gap. Its sums and its step are those of the block, which is whole.
+            # What is left is read as far as it has no gap. Its sums and its step are those of the block, which is
+            # whole.
             self._say(f"{path} lacks a part of step {int(header['first_step'])}: layers with a gap are left out of it")
             blocks.append(FileBlock(self._data, [*fragments, block], path=path, lacking=True))
 
@@ -161,8 +165,8 @@ class Segment:
     def _next_block(self, at: int, end: int) -> int | None:
         """The next valid block header after damage at `at`, or None."""
         magics = np.frombuffer(self._data[: end - end % fmt.ALIGN], "<u4")[:: fmt.ALIGN // 4]
-        for place in np.flatnonzero(magics[at // fmt.ALIGN + 1 :] == _BLOCK_MAGIC).tolist():
-            search = (place + at // fmt.ALIGN + 1) * fmt.ALIGN
+        for place in np.flatnonzero(magics[at // fmt.ALIGN + 1 :] == _BLOCK_MAGIC):
+            search = (int(place) + at // fmt.ALIGN + 1) * fmt.ALIGN
             with contextlib.suppress(DamagedTrace):
                 read_header(self._data, search)
                 return search

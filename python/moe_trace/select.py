@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_trace import format as fmt
+from moe_trace.batch import Batch, Filter, promote, request_names, these
 from moe_trace.block import Block
 from moe_trace.errors import TraceError
 from moe_trace.rank import Rank
@@ -26,182 +26,13 @@ _FIELDS = {name: field for field, name in fmt.FIELD_NAMES.items()}
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-@dataclass(frozen=True)
-class Filter:
-    """What a selection asks for. None: anything."""
-
-    layers: tuple[int, ...] | None = None
-    one_layer: bool = False  # `layer(3)` drops the layer axis of results, `layer([3])` keeps it
-    phases: frozenset[int] | None = None
-    modalities: frozenset[int] | None = None
-    requests: frozenset[str] | None = None
-    first_ns: int | None = None  # included
-    end_ns: int | None = None  # not included
-    first_step: int | None = None
-    end_step: int | None = None
-
-    def takes_class(self, cls: int) -> bool:
-        phase, modality = cls & 3, cls >> 2 & 15
-        return (self.phases is None or phase in self.phases) and (
-            self.modalities is None or modality in self.modalities
-        )
-
-    @property
-    def any_time(self) -> bool:
-        return self.first_ns is None and self.end_ns is None and self.first_step is None and self.end_step is None
-
-    def covers(self, first_ns: int, last_ns: int, first_step: int, last_step: int) -> bool:
-        """Whether steps in these ranges are all asked for."""
-        return (
-            (self.first_ns is None or first_ns >= self.first_ns)
-            and (self.end_ns is None or last_ns < self.end_ns)
-            and (self.first_step is None or first_step >= self.first_step)
-            and (self.end_step is None or last_step < self.end_step)
-        )
-
-    def misses(self, first_ns: int, last_ns: int, first_step: int, last_step: int) -> bool:
-        """Whether none of the steps in these ranges is asked for."""
-        return (
-            (self.first_ns is not None and last_ns < self.first_ns)
-            or (self.end_ns is not None and first_ns >= self.end_ns)
-            or (self.first_step is not None and last_step < self.first_step)
-            or (self.end_step is not None and first_step >= self.end_step)
-        )
-
-
-class Batch:
-    """The selected rows of one block.
-
-    Attributes are read when they are first asked for, and have the shapes of `Selection`'s.
-    """
-
-    def __init__(
-        self, rank: Rank, block: Block, asked: Filter, layers: tuple[int, ...], keep: npt.NDArray[np.bool_] | None
-    ) -> None:
-        self._rank = rank
-        self._block = block
-        self._asked = asked
-        self._keep = keep  # of the block's runs; None: all
-        self.layers = layers  #: the layers that have rows here, of those asked for
-
-    @cached_property
-    def _mask(self) -> npt.NDArray[np.bool_] | None:
-        return None if self._keep is None else np.repeat(self._keep, self._block.runs["count"])
-
-    def _rows(self, per_row: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return per_row if self._mask is None else per_row[self._mask]
-
-    def _per_run(self, per_run: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return self._rows(np.repeat(per_run, self._block.runs["count"]))
-
-    @cached_property
-    def rows(self) -> int:
-        """Number of rows."""
-        return self._block.rows if self._keep is None else int(self._block.runs["count"][self._keep].sum())
-
-    def column(self, field: int, layer: int) -> npt.NDArray[Any] | None:
-        """One column of one layer, `[rows, width]`; None where this block does not have it."""
-        if not self._block.has(field, layer):
-            return None
-        return self._rows(self._block.column(field, layer))
-
-    def _layers(self, field: int) -> npt.NDArray[Any]:
-        columns = [self.column(field, layer) for layer in self.layers]
-        if any(column is None for column in columns) or not columns:
-            name = fmt.FIELD_NAMES[field]
-            raise TraceError(
-                f"{name} were not recorded for {_these(self.layers)}. Ask for them: MOE_NATIVE_FIELDS=ids,weights,{name}"
-            )
-        found = [column for column in columns if column is not None]
-        if self._asked.one_layer:
-            return found[0]
-        if len({column.shape[1] for column in found}) > 1:
-            raise TraceError("these layers have rows of different widths: select one layer, as in trace.layer(0)")
-        return np.stack(promote(found), axis=1)
-
-    @cached_property
-    def ids(self) -> npt.NDArray[Any]:
-        """Expert ids, uint8 or uint16, `[rows, k]` or `[rows, layers, k]`."""
-        return self._layers(fmt.IDS)
-
-    @cached_property
-    def weights(self) -> npt.NDArray[Any]:
-        """Weights, of the shape of `ids`."""
-        return self._layers(fmt.WEIGHTS)
-
-    @cached_property
-    def logits(self) -> npt.NDArray[Any]:
-        """Router logits, `[rows, experts]` or `[rows, layers, experts]`."""
-        return self._layers(fmt.LOGITS)
-
-    @cached_property
-    def hidden(self) -> npt.NDArray[Any]:
-        """The routers' inputs, `[rows, width]` or `[rows, layers, width]`."""
-        return self._layers(fmt.HIDDEN)
-
-    @cached_property
-    def tokens(self) -> npt.NDArray[np.int64]:
-        """Token ids, int64 `[rows]`, -1 where unknown."""
-        column = self.column(fmt.TOKENS, fmt.NO_LAYER)
-        if column is None:
-            raise TraceError("token ids were not recorded. Ask for them: MOE_NATIVE_FIELDS=ids,weights,tokens")
-        return _unknown_to_minus_one(column[:, 0])
-
-    @cached_property
-    def positions(self) -> npt.NDArray[np.int64]:
-        """Absolute positions in the requests, int64 `[rows]`, -1 where unknown."""
-        runs = self._block.runs
-        counts = runs["count"].astype(np.int64)
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        first = np.repeat(_unknown_to_minus_one(runs["position"]), counts)
-        return self._rows(np.where(first < 0, -1, first + within))
-
-    @cached_property
-    def request_ids(self) -> npt.NDArray[np.object_]:
-        """Names of the requests, object `[rows]`; None for a row that is nobody's."""
-        return self._per_run(_names(self._rank, self._block))
-
-    @cached_property
-    def phases(self) -> npt.NDArray[np.uint8]:
-        """0 unknown, 1 prefill, 2 decode; `[rows]`."""
-        return self._per_run((self._block.runs["cls"] & 3).astype(np.uint8))
-
-    @cached_property
-    def modalities(self) -> npt.NDArray[np.uint8]:
-        """0 unknown, 1 text, 2 image, 3 video, 4 audio; `[rows]`."""
-        return self._per_run((self._block.runs["cls"] >> 2 & 15).astype(np.uint8))
-
-    @cached_property
-    def flags(self) -> npt.NDArray[np.uint16]:
-        """1 recomputed, 2 rejected draft, 4 superseded, 8 discarded, added up; `[rows]`. Late amendments are in it."""
-        flags = np.repeat(self._block.runs["flags"], self._block.runs["count"])
-        amendments = self._rank.amendments
-        if amendments:
-            steps = self._block.steps
-            ends = np.cumsum(steps["rows"].astype(np.int64))
-            for step, end in zip(steps, ends, strict=True):
-                for row, count, bits in amendments.get(int(step["step"]), ()):
-                    begin = int(end) - int(step["rows"])
-                    flags[begin + max(row, 0) : min(begin + row + count, int(end))] |= bits
-        return self._rows(flags)
-
-    @cached_property
-    def step_numbers(self) -> npt.NDArray[np.int64]:
-        """Number of each row's step in its run, int64 `[rows]`."""
-        return self._rows(np.repeat(self._block.steps["step"].astype(np.int64), self._block.steps["rows"]))
-
-    @cached_property
-    def times(self) -> npt.NDArray[np.datetime64]:
-        """Start of each row's step, UTC, datetime64[ns] `[rows]`."""
-        times = np.repeat(self._block.steps["time_ns"], self._block.steps["rows"])
-        return self._rows(times).view("datetime64[ns]")
-
-
 class Selection:
     """Some rows of a trace; a trace is the selection of all of its rows.
 
-    Methods narrow it and return a new selection: `trace.layer(12).decode().request("chat-17")`. Results are numpy arrays in the order of execution,
-    with `rows` the number of tokens selected. `.layer(3)` gives arrays without a layer axis, `.layer([3, 4])` and no `.layer` at all give
+    Methods narrow it and return a new selection: `trace.layer(12).decode().request("chat-17")`. Results are numpy
+    arrays in the order of execution,
+    with `rows` the number of tokens selected. `.layer(3)` gives arrays without a layer axis, `.layer([3, 4])` and no
+    `.layer` at all give
     `[rows, layers, …]`, layers ascending.
     """
 
@@ -215,14 +46,16 @@ class Selection:
     # Narrowing.
 
     def layer(self, layers: int | Iterable[int]) -> Selection:
-        """One layer (its axis is dropped), or several. The model's own indices. Raises TraceError for a layer that has no rows."""
+        """One layer (its axis is dropped), or several. The model's own indices. Raises TraceError for a layer that
+        has no rows.
+        """
         one = isinstance(layers, (int, np.integer))
         wanted = (int(layers),) if one else tuple(sorted({int(layer) for layer in layers}))  # type: ignore[arg-type,union-attr]
         status = {entry.layer: entry for entry in self._trace.layers}
         for layer in wanted:
             entry = status.get(layer)
             if entry is None and layer not in self._trace.recorded_layers:
-                raise TraceError(f"layer {layer} is not in this trace, which has {_these(self._trace.recorded_layers)}")
+                raise TraceError(f"layer {layer} is not in this trace, which has {these(self._trace.recorded_layers)}")
             if entry is not None and entry.status == "missed":
                 raise TraceError(f"layer {layer} was not recorded: {entry.detail or 'no reason is given'}")
         if self._asked.layers is not None:
@@ -246,7 +79,9 @@ class Selection:
         return self._narrow(modalities=_codes(modalities, fmt.MODALITIES, "modality", self._asked.modalities))
 
     def request(self, *ids: str) -> Selection:
-        """Rows of these requests, by the names that their users know. Raises TraceError for a name that is not in the trace."""
+        """Rows of these requests, by the names that their users know. Raises TraceError for a name that is not in the
+        trace.
+        """
         for id in ids:
             if id not in self._trace.requests:
                 known = list(self._trace.requests)
@@ -256,14 +91,18 @@ class Selection:
         return self._narrow(requests=wanted if self._asked.requests is None else wanted & self._asked.requests)
 
     def between(self, start: datetime | float | None, end: datetime | float | None) -> Selection:
-        """Rows of steps that began at or after `start` and before `end`: datetimes (local when they name no zone), or Unix seconds; None for no bound."""
+        """Rows of steps that began at or after `start` and before `end`: datetimes (local when they name no zone), or
+        Unix seconds; None for no bound.
+        """
         first, last = (None if t is None else _unix_ns(t) for t in (start, end))
         firsts = [t for t in (first, self._asked.first_ns) if t is not None]
         ends = [t for t in (last, self._asked.end_ns) if t is not None]
         return self._narrow(first_ns=max(firsts, default=None), end_ns=min(ends, default=None))
 
     def since(self, when: str) -> Selection:
-        """Rows of the last `30s`, `10m`, `2h`, `1d`, counted from now, or since an ISO time. Raises ValueError for anything else."""
+        """Rows of the last `30s`, `10m`, `2h`, `1d`, counted from now, or since an ISO time. Raises ValueError for
+        anything else.
+        """
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", when)
         if match:
             return self.between(datetime.now(UTC) - timedelta(seconds=float(match[1]) * _UNITS[match[2]]), None)
@@ -313,7 +152,7 @@ class Selection:
             classes, inverse = np.unique(block.runs["cls"], return_inverse=True)
             also(np.array([asked.takes_class(int(cls)) for cls in classes], bool)[inverse])
         if asked.requests is not None:
-            names = _names(rank, block)
+            names = request_names(rank, block)
             also(np.fromiter((name in asked.requests for name in names), bool, len(names)))
         if not asked.covers(block.first_time_ns, block.last_time_ns, block.first_step, block.last_step):
             steps = block.steps
@@ -355,22 +194,29 @@ class Selection:
     def _check_layers(self, batches: Sequence[Batch], name: str) -> None:
         if name in ("ids", "weights", "logits", "hidden") and len({batch.layers for batch in batches}) > 1:
             raise TraceError(
-                "not all of these layers have the same rows: select one layer, as in trace.layer(0), or read by batches()"
+                "not all of these layers have the same rows: select one layer, as in trace.layer(0), "
+                "or read by batches()"
             )
 
     @property
     def ids(self) -> npt.NDArray[Any]:
-        """Expert ids, uint8 or uint16, `[rows, k]` or `[rows, layers, k]`; the dtype's largest value marks an id that was out of range."""
+        """Expert ids, uint8 or uint16, `[rows, k]` or `[rows, layers, k]`; the dtype's largest value marks an id that
+        was out of range.
+        """
         return self._joined("ids")
 
     @property
     def weights(self) -> npt.NDArray[Any]:
-        """Weights, of the shape of `ids`: float16, or what the router gave if it was recorded exactly (bfloat16 as float32)."""
+        """Weights, of the shape of `ids`: float16, or what the router gave if it was recorded exactly (bfloat16 as
+        float32).
+        """
         return self._joined("weights")
 
     @property
     def logits(self) -> npt.NDArray[Any]:
-        """Router logits, `[rows, experts]` or `[rows, layers, experts]`, in the router's dtype (bfloat16 as float32)."""
+        """Router logits, `[rows, experts]` or `[rows, layers, experts]`, in the router's dtype (bfloat16 as
+        float32).
+        """
         return self._joined("logits")
 
     @property
@@ -419,7 +265,9 @@ class Selection:
     # Counting.
 
     def stats(self) -> dict[int, LayerStats]:
-        """Rows, counts, sums of weights and invalid ids of each layer, by layer. Planes are read only where a selection cuts through a block."""
+        """Rows, counts, sums of weights and invalid ids of each layer, by layer. Planes are read only where a
+        selection cuts through a block.
+        """
         asked = self._asked
         into: dict[int, LayerStats] = {layer: LayerStats() for layer in self._empty_layers()}
 
@@ -458,7 +306,9 @@ class Selection:
                     into.setdefault(layer, LayerStats()).add_rows(ids, batch.column(fmt.WEIGHTS, layer))
 
     def counts(self) -> npt.NDArray[np.int64]:
-        """How often each expert was chosen: int64 `[experts]` or `[layers, experts]` (zeros where a layer has fewer experts)."""
+        """How often each expert was chosen: int64 `[experts]` or `[layers, experts]` (zeros where a layer has fewer
+        experts).
+        """
         return self._per_expert([stats.counts for _, stats in sorted(self.stats().items())], np.int64)
 
     def weight_sums(self) -> npt.NDArray[np.float64]:
@@ -492,7 +342,7 @@ class Selection:
 
     def __repr__(self) -> str:
         asked = self._asked
-        parts = [] if asked.layers is None else [_these(asked.layers)]
+        parts = [] if asked.layers is None else [these(asked.layers)]
         if asked.phases is not None:
             parts.append("/".join(fmt.PHASES[p] for p in sorted(asked.phases)))
         if asked.modalities is not None:
@@ -502,34 +352,6 @@ class Selection:
         if not asked.any_time:
             parts.append("part of the time")
         return f"<moe_trace selection of {self._trace.path}: {', '.join(parts) or 'everything'}>"
-
-
-def promote(parts: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-    """Arrays of one dtype; where uint8 and uint16 ids meet, the mark of an invalid id stays one."""
-    if len({part.dtype for part in parts}) == 1:
-        return parts
-    dtype = np.result_type(*parts)
-    return [
-        np.where(p == 255, 65535, p).astype(dtype) if p.dtype == np.uint8 and dtype == np.uint16 else p.astype(dtype)
-        for p in parts
-    ]
-
-
-def _names(rank: Rank, block: Block) -> npt.NDArray[np.object_]:
-    """Request names of the runs of a block; None for nobody's."""
-    indices, inverse = np.unique(block.runs["request"], return_inverse=True)
-    known = rank.requests
-    names = np.empty(len(indices), object)
-    for i, index in enumerate(indices.tolist()):
-        request = known.get(index)
-        names[i] = None if index == fmt.NOBODY else f"#{index}" if request is None else request.id
-    return names[inverse]
-
-
-def _unknown_to_minus_one(values: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
-    wide = values.astype(np.int64)
-    wide[wide == fmt.NOBODY] = -1
-    return wide
 
 
 def _codes(words: Sequence[str], known: Sequence[str], what: str, old: frozenset[int] | None) -> frozenset[int]:
@@ -547,16 +369,3 @@ def _unix_ns(when: datetime | float) -> int:
     if not math.isfinite(when):
         raise ValueError(f"{when} is no time")
     return round(when * 1e9)
-
-
-def _these(layers: Sequence[int]) -> str:
-    if len(layers) == 1:
-        return f"layer {layers[0]}"
-    if not layers:
-        return "no layers"
-    if list(layers) == list(range(layers[0], layers[-1] + 1)):
-        return f"layers {layers[0]} to {layers[-1]}"
-    return "layers " + ", ".join(map(str, layers))
-
-
-__all__ = ["Batch", "Filter", "Selection"]

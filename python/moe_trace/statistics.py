@@ -1,4 +1,6 @@
-"""Counts by layer and class: what blocks and footers hold, and what is made from rows where a selection cuts through a block."""
+"""Counts by layer and class: what blocks and footers hold, and what is made from rows where a selection cuts through
+a block.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class LayerStats:
             self.weight_sums = np.concatenate((self.weight_sums, np.zeros(missing)))
 
     def add_rows(self, ids: npt.NDArray[Any], weights: npt.NDArray[Any] | None) -> None:
-        """Add rows: ids `[rows, k]` uint8 or uint16 (the largest value marks an invalid one), weights of the same shape or None."""
+        """Add rows: ids `[rows, k]` uint8 or uint16 (the largest value marks an invalid one), weights of the same
+        shape or None.
+        """
         self.rows += len(ids)
         flat = ids.reshape(-1)
         legal = flat != np.iinfo(ids.dtype).max
@@ -68,7 +72,8 @@ def add_groups(
     counts: npt.NDArray[Any],
     wanted: Callable[[int, int], bool],
 ) -> None:
-    """Add the tables *stat_groups* and *stat_counts* of a block or footer, the groups for which `wanted(layer, class)` holds.
+    """Add the tables *stat_groups* and *stat_counts* of a block or footer, the groups for which `wanted(layer,
+    class)` holds.
 
     Raises DamagedTrace where the tables contradict each other; then nothing has been added.
     """
@@ -95,10 +100,15 @@ def add_groups(
     shape = len(layers), width
     sums = (np.bincount(cells, taken[name], len(layers) * width).reshape(shape) for name in ("count", "weight"))
     rows, invalid = (np.bincount(place, groups[name][take], len(layers)) for name in ("rows", "invalid"))
+    ends = np.zeros(len(layers), np.int64)
+    last = np.cumsum(items)[take] - 1  # of each group, its last count, and so its largest expert
+    some = items[take] > 0
+    np.maximum.at(ends, place[some], counts["expert"][last[some]].astype(np.int64) + 1)
     for i, (layer, of_counts, of_weights) in enumerate(zip(layers.tolist(), *sums, strict=True)):
-        stats = into.setdefault(layer, LayerStats())
-        used = np.flatnonzero(of_counts)
-        end = int(used[-1]) + 1 if len(used) else 0
+        stats = into.get(layer)
+        if stats is None:
+            stats = into[layer] = LayerStats()
+        end = int(ends[i])
         stats.grow(end)
         stats.add(slice(end), of_counts[:end].astype(np.int64), of_weights[:end])
         stats.rows += int(rows[i])
@@ -106,7 +116,9 @@ def add_groups(
 
 
 class Sums:
-    """Totals by layer and class, to be written: the tables *stat_groups* and *stat_counts* of a block, or their sum for a footer."""
+    """Totals by layer and class, to be written: the tables *stat_groups* and *stat_counts* of a block, or their sum
+    for a footer.
+    """
 
     def __init__(self) -> None:
         self._totals: dict[int, dict[int, LayerStats]] = {}  # by class, then layer

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from moe_trace import format as fmt
+from moe_trace.batch import Filter
 from moe_trace.errors import NotATrace, TraceError, TraceNotFound
 from moe_trace.rank import Rank, Request, segment_paths
-from moe_trace.select import Filter, Selection
+from moe_trace.select import Selection
 
 _STATUSES = ("missed", "derived", "exact", "skipped")  # where ranks or runs differ, the first of these is what is said
 
@@ -26,7 +27,8 @@ class Layer:
         layer: the model's own index.
         name: of the module.
         experts, top_k: as the recorder was told; 0 where it could not be.
-        status: `exact`; `derived` (ids computed from logits); `missed` (not recorded, `detail` says why); `skipped` (not asked for).
+        status: `exact`; `derived` (ids computed from logits); `missed` (not recorded, `detail` says why); `skipped`
+            (not asked for).
         detail: a remark.
     """
 
@@ -60,7 +62,8 @@ class Run:
 
 
 class Trace(Selection):
-    """Everything that was recorded into a directory. It is a `Selection` of all rows; narrow it with `.layer(…)`, `.decode()`, `.request(…)` and so on.
+    """Everything that was recorded into a directory. It is a `Selection` of all rows; narrow it with `.layer(…)`,
+    `.decode()`, `.request(…)` and so on.
 
     Attributes:
         path: what was opened.
@@ -134,7 +137,8 @@ class Trace(Selection):
 
     @property
     def problems(self) -> list[str]:
-        """What is wrong with the trace: damage, what a crash left unfinished, files that cannot be read. A sentence each.
+        """What is wrong with the trace: damage, what a crash left unfinished, files that cannot be read. A sentence
+        each.
 
         Opening does not read everything: damage inside a closed segment is found, and said here, when it is read.
         """
@@ -142,7 +146,9 @@ class Trace(Selection):
 
     @property
     def state(self) -> str:
-        """`live` (a process is recording into it), `crashed` (one died, and its ring was not folded in yet) or `closed`."""
+        """`live` (a process is recording into it), `crashed` (one died, and its ring was not folded in yet) or
+        `closed`.
+        """
         states = {rank.state for rank in self.ranks}
         return next((state for state in ("live", "crashed") if state in states), "closed")
 
@@ -170,11 +176,13 @@ class Trace(Selection):
         model = self.metadata.get("model") or "unknown model"
         whole = "complete" if self.complete else "INCOMPLETE"
         layers = len(self.recorded_layers)
-        return f"<moe_trace.Trace {self.path}: {model}, {self.rows:,} rows x {layers} layers, {len(self.runs)} runs, {self.state}, {whole}>"
+        size = f"{self.rows:,} rows x {layers} layers, {len(self.runs)} runs"
+        return f"<moe_trace.Trace {self.path}: {model}, {size}, {self.state}, {whole}>"
 
 
 def open(path: str | os.PathLike[str]) -> Trace:
-    """Open a trace for reading: its directory, a run's or a rank's directory in it, or one segment file; also while it is being written.
+    """Open a trace for reading: its directory, a run's or a rank's directory in it, or one segment file; also while
+    it is being written.
 
     What a killed process left in its ring is read as well. Nothing is written.
 
@@ -200,7 +208,8 @@ def open(path: str | os.PathLike[str]) -> Trace:
             f"{error.filename or path} cannot be read: its files are private to the user who recorded them"
         ) from None
     raise NotATrace(
-        f"there is no trace in {path}: no directory run-*/rank-* with segments. 'moe-native doctor' says why nothing was recorded"
+        f"there is no trace in {path}: no directory run-*/rank-* with segments. "
+        "'moe-native doctor' says why nothing was recorded"
     )
 
 

@@ -59,7 +59,9 @@ class _Entries:
     def table(self, field: int, rows: npt.NDArray[Any]) -> None:
         self.add(field, fmt.encode_table(rows.astype(fmt.TABLES[field], copy=False)), rows=len(rows))
 
-    def column(self, field: int, layer: int, values: npt.NDArray[Any], code: int | None = None, first_row: int = 0) -> None:
+    def column(
+        self, field: int, layer: int, values: npt.NDArray[Any], code: int | None = None, first_row: int = 0
+    ) -> None:
         rows, width = values.shape
         if code == fmt.BFLOAT16:
             values = (np.ascontiguousarray(values).view(np.uint32) >> 16).astype("<u2")
@@ -112,7 +114,8 @@ class SegmentWriter:
         text = json.dumps(dict(metadata or {})).encode()
         head = np.zeros(1, fmt.SUPERBLOCK)
         values = {
-            "magic": b"MOETRACE", "header_size": fmt.SUPERBLOCK.itemsize, "major": fmt.MAJOR, "ring_id": ring_id, "number": number,
+            "magic": b"MOETRACE", "header_size": fmt.SUPERBLOCK.itemsize, "major": fmt.MAJOR,
+            "ring_id": ring_id, "number": number,
             "created_ns": time.time_ns(), "metadata_offset": fmt.SUPERBLOCK.itemsize, "metadata_stored": len(text),
             "metadata_raw": len(text), "metadata_crc": zlib.crc32(text), "run_id": np.void(bytes.fromhex(run_id)),
         }  # fmt: skip
@@ -165,7 +168,8 @@ class SegmentWriter:
         """Append a rows block.
 
         Args:
-            columns: by (field, layer), `[rows, width]`, uint8, uint16, uint32, float16 or float32; tokens under layer 65535.
+            columns: by (field, layer), `[rows, width]`, uint8, uint16, uint32, float16 or float32; tokens under layer
+                65535.
             steps, runs, lanes, losses: tables with the dtypes of `format.TABLES`.
             notes: JSON objects.
             stored_as: dtype codes of columns; of use for bfloat16, whose values come as float32.
@@ -183,7 +187,8 @@ class SegmentWriter:
         for (field, layer), values in columns.items():
             if values.ndim != 2 or len(values) != rows:
                 raise ValueError(
-                    f"{fmt.FIELD_NAMES[field]} of layer {layer} have the shape {values.shape}, the steps have {rows} rows"
+                    f"{fmt.FIELD_NAMES[field]} of layer {layer} have the shape {values.shape}, "
+                    f"the steps have {rows} rows"
                 )
             if not fragments:
                 entries.column(field, layer, values, (stored_as or {}).get((field, layer)))
@@ -217,7 +222,12 @@ class SegmentWriter:
         fragments: int,
     ) -> None:
         tables = sums.tables()
-        for field, table in ((fmt.STEPS, steps), (fmt.RUNS, runs), (fmt.STAT_GROUPS, tables[0]), (fmt.STAT_COUNTS, tables[1])):
+        for field, table in (
+            (fmt.STEPS, steps),
+            (fmt.RUNS, runs),
+            (fmt.STAT_GROUPS, tables[0]),
+            (fmt.STAT_COUNTS, tables[1]),
+        ):
             entries.table(field, table)
         if notes:
             entries.add(fmt.NOTES, b"".join(json.dumps(note).encode() + b"\n" for note in notes), rows=len(notes))

@@ -27,9 +27,18 @@ class FakeRecorder:
         self.admit = True
         self.steps: list[list[tuple[Any, ...]]] = []
         self.tokens: list[list[int] | None] = []
+        self.begun = 0
+        self.amended: list[tuple[int, int, int, list[str]]] = []
+
+    def counters(self) -> dict[str, Any]:
+        return {"steps_begun": self.begun}
+
+    def amend(self, step: int, row: int, count: int, flags: list[str]) -> None:
+        self.amended.append((step, row, count, flags))
 
     def begin_step(self, rows: int) -> bool:
         assert self.open_rows is None
+        self.begun += 1
         if self.admit:
             self.open_rows = rows
         return self.admit
@@ -71,6 +80,7 @@ class Engine:
         new: dict[str, int | SimpleNamespace] | None = None,  # request -> prompt's length
         finished: tuple[str, ...] = (),
         padding: int = 3,
+        drafts: dict[str, int] | None = None,  # request -> how many of its tokens are drafts
     ) -> list[tuple[Any, ...]] | None:
         positions = [p for first, count in scheduled.values() for p in range(first, first + count)] + [0] * padding
         tokens = torch.tensor([1000 + p for p in positions], dtype=torch.int32)
@@ -94,6 +104,7 @@ class Engine:
                 for name, data in (new or {}).items()
             ],
             num_scheduled_tokens={name: count for name, (_, count) in sorted(scheduled.items())},
+            scheduled_spec_decode_tokens={name: [7] * count for name, count in (drafts or {}).items()},
             total_num_scheduled_tokens=sum(count for _, count in scheduled.values()),
         )
         if not self.steps.begin(output):
@@ -145,6 +156,33 @@ def test_positions_executed_before_are_marked(engine: Engine) -> None:
     assert engine.step({A: (0, 6)}, new={A: 4}) == [("a", 0, 4, PREFILL, 1), ("a", 4, 2, DECODE, 1)]
     assert engine.step({A: (6, 1)}) == [("a", 6, 1, DECODE, 0)]
     assert engine.step({A: (5, 4)}) == [("a", 5, 2, DECODE, 1), ("a", 7, 2, DECODE, 0)]
+
+
+def test_positions_that_were_cached_are_not_marked_when_they_are_executed_at_last(engine: Engine) -> None:
+    engine.step({A: (4, 2)}, new={A: 8})  # four positions came from the prefix cache
+    assert engine.step({A: (0, 8)}, new={A: 8}) == [
+        ("a", 0, 4, PREFILL, 0),
+        ("a", 4, 2, PREFILL, 1),
+        ("a", 6, 2, PREFILL, 0),
+    ]
+
+
+def test_rejected_drafts_are_amended_when_the_request_goes_on(engine: Engine) -> None:
+    engine.step({A: (0, 4), B: (0, 4)}, new={A: 4, B: 4})
+    engine.recorder.admit = False
+    engine.step({A: (4, 1), B: (4, 1)})  # step 1 is refused
+    engine.recorder.admit = True
+    engine.step({A: (5, 4), B: (5, 3), C: (0, 2)}, new={C: 2}, drafts={A: 3, B: 2})  # step 2: drafts in rows 1-3, 5-6
+    assert engine.recorder.amended == []
+    # One of a's drafts was accepted, both of b's were.
+    engine.step({B: (8, 3), A: (7, 1), C: (2, 1)}, drafts={B: 2})
+    assert engine.recorder.amended == [(2, 2, 2, ["rejected"])]
+    # b is preempted: what became of its drafts is not known.
+    engine.step({B: (0, 4), A: (8, 1)})
+    assert len(engine.recorder.amended) == 1
+    engine.step({A: (9, 3)}, drafts={A: 2})
+    engine.step({B: (4, 1)}, finished=(A,))
+    assert len(engine.recorder.amended) == 1 and not engine.steps._drafts
 
 
 def test_image_positions_of_a_prompt_have_their_modality(engine: Engine) -> None:

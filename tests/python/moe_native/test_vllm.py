@@ -6,6 +6,7 @@ Each engine runs in a process of its own, and vLLM puts its core and its worker 
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.vllm
 LAYERS, EXPERTS, TOP_K = 4, 60, 4
 PROMPTS = [f"Maria has {n} hens and buys {3 * n} more." + " How many eggs?" * n for n in range(6)]
 MAX_TOKENS = 12
+RECOMPUTED, REJECTED = 1, 2  # flags of a row
 NEAR_TIE = 1e-5  # two float32 implementations may order logits closer than this differently
 ALL_FIELDS = "ids,weights,logits,hidden,tokens"
 
@@ -276,3 +278,86 @@ def test_a_wrong_setting_is_said_once_and_the_engine_serves(engine: Engine, chec
     assert len(said) == 1 and "MOE_NATIVE_OVERFLOW is 'wait': use drop or block" in said[0]
     assert len(answer["requests"][0]["generated"]) == MAX_TOKENS
     assert not (tmp_path / "trace").exists()
+
+
+IN_THIS_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # starts in a third of the time
+
+
+def unusual(engine: Engine, checkpoint: Path, path: Path, environment: dict[str, str], **arguments: Any) -> Recorded:
+    """An engine in one process, eager, with long prompts in chunks."""
+    work = job(
+        checkpoint,
+        enforce_eager=True,
+        distributed_executor_backend="uni",
+        block_size=32,
+        max_num_batched_tokens=32,
+        additional_config={"moe_native": {"trace": str(path), "fields": "ids,tokens"}},
+        **arguments,
+    )
+    work |= {"prompts": [prompt + " There are many." * 12 for prompt in PROMPTS], "max_tokens": 24, "inspect": False}
+    return Recorded(path, engine(work, **IN_THIS_PROCESS, **environment))
+
+
+def check_rows_and_flags(recorded: Recorded) -> int:
+    """The last row of a position holds the token that counted, and exactly the repeats are marked. Returns how many."""
+    repeated = 0
+    for request in recorded.requests:
+        rows = recorded.trace.request(request["id"])
+        tokens = [*request["prompt"], *request["generated"]]
+        seen: dict[int, int] = {}
+        for position, token, flag in zip(
+            rows.positions.tolist(), rows.tokens.tolist(), rows.flags.tolist(), strict=True
+        ):
+            assert flag & RECOMPUTED == (position in seen)
+            repeated += flag & RECOMPUTED
+            seen[position] = token
+        executed = len(recorded.executed(request))
+        assert [seen[position] for position in range(executed)] == tokens[:executed]
+    return repeated
+
+
+def test_preempted_requests_are_recorded_again_and_marked(engine: Engine, checkpoint: Path, tmp_path: Path) -> None:
+    # Room for 9 blocks of 32 tokens, where four requests need 12 or more.
+    recorded = unusual(engine, checkpoint, tmp_path / "trace", {}, num_gpu_blocks_override=10)
+    assert recorded.trace.complete
+    assert check_rows_and_flags(recorded) > 0
+    executed = sum(len(recorded.executed(request)) for request in recorded.requests)
+    assert recorded.trace.rows > executed
+
+
+def test_speculative_decoding_records_drafts_at_their_positions(
+    engine: Engine, checkpoint: Path, tmp_path: Path
+) -> None:
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    recorded = unusual(engine, checkpoint, tmp_path / "trace", {}, speculative_config=ngram)
+    assert recorded.trace.complete
+    repeated = check_rows_and_flags(recorded)
+    rejected = 0
+    for request in recorded.requests:
+        rows = recorded.trace.request(request["id"])
+        order = rows.positions.tolist()
+        for number, (position, flag) in enumerate(zip(order, rows.flags.tolist(), strict=True)):
+            # A rejected draft's position is executed again, except behind the end of the request.
+            if position < len(recorded.executed(request)):
+                assert bool(flag & REJECTED) == (position in order[number + 1 :])
+            rejected += bool(flag & REJECTED)
+    assert rejected >= repeated > 0
+
+
+def test_the_newer_runner_and_vllms_own_routed_experts(engine: Engine, checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="vLLM's newer model runner needs Triton")
+    shim = str(Path(__file__).with_name("triton_on_cpu"))
+    environment = {
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "PYTHONPATH": os.pathsep.join([shim, os.environ.get("PYTHONPATH", "")]),
+    }
+    arguments = {"enable_return_routed_experts": True, "enable_prefix_caching": True}
+    recorded = unusual(engine, checkpoint, tmp_path / "trace", environment, **arguments)
+    assert recorded.answer["runner"] == "vllm.v1.worker.cpu.model_runner"
+    assert recorded.trace.complete
+    assert check_rows_and_flags(recorded) == 0
+    for request in recorded.requests:
+        rows = recorded.trace.request(request["id"]).layer(range(LAYERS))
+        theirs = np.asarray(request["routed"])
+        assert theirs.shape == (len(recorded.executed(request)), LAYERS, TOP_K)
+        assert np.array_equal(np.sort(rows.ids.astype(np.int64), axis=-1), np.sort(theirs[rows.positions], axis=-1))

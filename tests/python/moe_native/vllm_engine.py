@@ -24,6 +24,17 @@ def hooks_of_worker(worker: Any) -> dict[str, list[str]]:
     }
 
 
+def describe(output: Any) -> dict[str, Any]:
+    completion = output.outputs[0]
+    routed = getattr(completion, "routed_experts", None)
+    return {
+        "id": output.request_id,
+        "prompt": list(output.prompt_token_ids),
+        "generated": list(completion.token_ids),
+        "routed": None if routed is None else routed.tolist(),  # vLLM's own: [tokens - 1, layers, k]
+    }
+
+
 def main() -> None:
     job, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
     from vllm import LLM, SamplingParams
@@ -31,14 +42,11 @@ def main() -> None:
     llm = LLM(**job["engine"])
     sampling = SamplingParams(max_tokens=job["max_tokens"], temperature=0.0, ignore_eos=True)
     outputs = llm.generate(job["prompts"], sampling, use_tqdm=False)
-    written: dict[str, Any] = {
-        "requests": [
-            {"id": o.request_id, "prompt": list(o.prompt_token_ids), "generated": list(o.outputs[0].token_ids)}
-            for o in outputs
-        ]
-    }
+    written: dict[str, Any] = {"requests": [describe(output) for output in outputs]}
     if job.get("inspect"):
         written["hooks"] = llm.collective_rpc(hooks_of_worker)
+    runner = llm.collective_rpc(lambda worker: type(worker.model_runner).__module__)
+    written["runner"] = runner[0]
     answer.write_text(json.dumps(written))
 
 

@@ -1,4 +1,6 @@
-"""Ring files built from the tables of csrc/RING.md with `struct` alone. Imports nothing of moe_trace and nothing of the recorder."""
+"""Ring files built from the tables of csrc/RING.md with `struct` alone. Imports nothing of moe_trace and nothing of
+the recorder.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,19 @@ RING_ID = 0x1122334455667788
 REQUEST, ENDED, LINE = 1, 2, 3
 
 
+def owner_of(pid):
+    """The owner entry of a living process."""
+    ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return {"pid": pid, "start_ticks": ticks, "boot_id": boot}
+
+
 def finished_process():
     """The owner entry of a process of this boot that has ended."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        ticks = int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19])
+        owner = owner_of(child.pid)
         child.stdin.close()
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return {"pid": child.pid, "start_ticks": ticks, "boot_id": boot}
+    return owner
 
 
 def align(n):
@@ -69,8 +77,21 @@ class RingFile:
         self.sequence[lane] += 1
         s = self.sequence[lane]
         head = struct.pack("<QQQQ", s * 4 + state, fields["step"], at, len(payload))
-        head += struct.pack("<6BH", fields["kind"], *fields.get("dtypes", (0, 0, 0, 0)), fields.get("tokens", 0), fields.get("layer", 0))
-        names = ("rows", "first_row", "step_rows", "k", "logits_width", "hidden_width", "invalid_ids", "runs", "notes_bytes", "flags")
+        head += struct.pack(
+            "<6BH", fields["kind"], *fields.get("dtypes", (0, 0, 0, 0)), fields.get("tokens", 0), fields.get("layer", 0)
+        )
+        names = (
+            "rows",
+            "first_row",
+            "step_rows",
+            "k",
+            "logits_width",
+            "hidden_width",
+            "invalid_ids",
+            "runs",
+            "notes_bytes",
+            "flags",
+        )
         head += struct.pack("<10I", *(fields.get(name, 0) for name in names))
         head += struct.pack("<qI36x", fields["time_ns"], fields.get("notes", 0))
         assert len(head) == 128
@@ -107,7 +128,12 @@ class RingFile:
         fields = {"step": step.number, "kind": 2, "rows": step.rows, "step_rows": step.rows, "time_ns": step.time_ns}
         if aborted:
             return self._place(b"", 0, state, fields | {"flags": 1})
-        fields |= {"runs": len(step.runs), "tokens": int(step.tokens is not None), "notes": count, "notes_bytes": len(notes)}
+        fields |= {
+            "runs": len(step.runs),
+            "tokens": int(step.tokens is not None),
+            "notes": count,
+            "notes_bytes": len(notes),
+        }
         return self._place(parts(runs, tokens, notes), 0, state, fields)
 
     def whole(self, step, notes=b"", count=0):
@@ -122,13 +148,16 @@ class RingFile:
         size = at_arena + self.arena_bytes * self.lanes
         head = struct.pack(
             "<8sIHHQQIIQQQQIIQ40sq116x",
-            b"MOERING1", PAGE, 1, 0, self.id, size, self.lanes, self.count, self.arena_bytes, PAGE, at_descriptors, at_arena,
+            b"MOERING1", PAGE, 1, 0, self.id, size, self.lanes, self.count, self.arena_bytes,
+            PAGE, at_descriptors, at_arena,
             self.owner["pid"], 0, self.owner["start_ticks"], self.owner["boot_id"].encode(), 1_800_000_000_000_000_000,
         )  # fmt: skip
         head += struct.pack("<I", zlib.crc32(head)) + struct.pack("<64Q", *self.counters)
         head = head.ljust(2048, b"\0") + self.directory.encode()
         # Heads and tails of the lanes are garbage: recovery must not read them.
-        lanes = b"".join(struct.pack("<QQ", 0xDEAD, 0xBEEF).ljust(64, b"\0").ljust(PAGE, b"\xff") for _ in range(self.lanes))
+        lanes = b"".join(
+            struct.pack("<QQ", 0xDEAD, 0xBEEF).ljust(64, b"\0").ljust(PAGE, b"\xff") for _ in range(self.lanes)
+        )
         descriptors = b"".join(d for lane in self.descriptors for d in lane)
         return head.ljust(PAGE, b"\0") + lanes + descriptors + b"".join(self.arenas)
 

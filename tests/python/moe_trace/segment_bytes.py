@@ -1,4 +1,6 @@
-"""Segments built from the tables of csrc/FORMAT.md with `struct` alone: what the reader is tested against. Imports nothing of moe_trace."""
+"""Segments built from the tables of csrc/FORMAT.md with `struct` alone: what the reader is tested against. Imports
+nothing of moe_trace.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ PREFILL, DECODE = cls(1, 1), cls(2, 1)
 class Step:
     """runs: (request, position, count, class, flags); layers: {layer: {"ids": …, "weights": …, "logits": …}}.
 
-    An array of dtype uint32 in `weights`, `logits` or `hidden` stands for bfloat16: its values are the upper 16 bits of a float32.
+    An array of dtype uint32 in `weights`, `logits` or `hidden` stands for bfloat16: its values are the upper 16 bits
+    of a float32.
     """
 
     number: int
@@ -88,7 +91,17 @@ def column(field_, layer, array, first_row=0, codec=None):
     rows, width = array.shape
     bytes_ = np.ascontiguousarray(array).view(np.uint8).reshape(rows * width, ITEM[dtype])
     return [
-        entry(field_, bytes_[:, b].tobytes(), dtype=dtype, byte=b, layer=layer, width=width, first_row=first_row, rows=rows, codec=codec)
+        entry(
+            field_,
+            bytes_[:, b].tobytes(),
+            dtype=dtype,
+            byte=b,
+            layer=layer,
+            width=width,
+            first_row=first_row,
+            rows=rows,
+            codec=codec,
+        )
         for b in range(ITEM[dtype])
     ]
 
@@ -152,7 +165,9 @@ class Block:
         at = -(-(128 + 48 * len(self.entries)) // 64) * 64
         directory, body = b"", b""
         for e in self.entries:
-            directory += struct.pack("<BBBBHHIIIIQQQ", *e.head, zlib.crc32(e.stored), at + len(body), len(e.stored), e.raw)
+            directory += struct.pack(
+                "<BBBBHHIIIIQQQ", *e.head, zlib.crc32(e.stored), at + len(body), len(e.stored), e.raw
+            )
             body += e.stored
         stored = zstandard.ZstdCompressor(1).compress(directory) if directory_codec else directory
         assert len(stored) <= len(directory)
@@ -201,7 +216,9 @@ def fragment(step, ranges, number=0, lanes=()):
 
 
 def completing(step, ranges, fragments, number=0, *, whole=None, notes=(), lanes=(), losses=()):
-    """The rows block that completes a step of which `fragments` fragment blocks are there. `whole`: the layers without a gap; all unless given."""
+    """The rows block that completes a step of which `fragments` fragment blocks are there. `whole`: the layers
+    without a gap; all unless given.
+    """
     counted = Step(step.number, step.runs, {layer: step.layers[layer] for layer in whole or step.layers})
     entries = fragment(step, ranges).entries[: -len(bookkeeping())]
     entries += tables_of([step]) + statistics([counted]) + bookkeeping(notes, lanes, losses)
@@ -214,7 +231,9 @@ def takes_back(step, fragments, number=0, losses=()):
     return Block(1, entries, number, [step], fragments, count_steps=0, losses=losses, counted=[])
 
 
-def superblock(metadata, *, run_id=RUN_ID, ring_id=0, number=0, major=1, minor=0, incompatible=0, compatible=0, codec=0):
+def superblock(
+    metadata, *, run_id=RUN_ID, ring_id=0, number=0, major=1, minor=0, incompatible=0, compatible=0, codec=0
+):
     raw = metadata if isinstance(metadata, bytes) else json.dumps(metadata).encode()
     stored = zstandard.ZstdCompressor(1).compress(raw) if codec else raw
     head = struct.pack(
@@ -272,8 +291,22 @@ def write_rank(directory: Path, segments, *, metadata=None, owner=None, ring=Non
     return directory
 
 
-def make_steps(sizes, layers=(0, 3), k=4, experts=60, *, first=0, seed=0, weights=True, logits=False, tokens=False, requests=("a", "b")):
-    """Steps with random rows of alternating requests: whole prompts first, then decode rows. Returns the steps and the notes."""
+def make_steps(
+    sizes,
+    layers=(0, 3),
+    k=4,
+    experts=60,
+    *,
+    first=0,
+    seed=0,
+    weights=True,
+    logits=False,
+    tokens=False,
+    requests=("a", "b"),
+):
+    """Steps with random rows of alternating requests: whole prompts first, then decode rows. Returns the steps and
+    the notes.
+    """
     rng = np.random.default_rng(seed)
     narrow = np.uint8 if experts <= 255 else np.uint16
     steps, position = [], dict.fromkeys(range(len(requests)), 0)
@@ -295,7 +328,9 @@ def make_steps(sizes, layers=(0, 3), k=4, experts=60, *, first=0, seed=0, weight
             if logits:
                 fields["logits"] = rng.standard_normal((size, experts)).astype(np.float32)
             of_layers[layer] = fields
-        steps.append(Step(number, runs, of_layers, rng.integers(0, 1 << 20, size).astype(np.uint32) if tokens else None))
+        steps.append(
+            Step(number, runs, of_layers, rng.integers(0, 1 << 20, size).astype(np.uint32) if tokens else None)
+        )
     notes = [{"type": "request", "index": i, "id": name, "prompt_len": 5 + i} for i, name in enumerate(requests)]
     return steps, notes
 

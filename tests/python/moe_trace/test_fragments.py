@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
+import ring_bytes as rb
 import segment_bytes as sb
 
 import moe_trace
@@ -50,7 +53,9 @@ def test_a_step_in_pieces_is_whole(tmp_path):
         trace = written(tmp_path / str(closed), [before(), *FRAGMENTS, completing(), after(4)], closed=closed)
         same(trace, [BEFORE, BIG, AFTER])
         one = trace.layer(3)
-        assert np.array_equal(one.request("a").ids, sb.of_rows([BEFORE, BIG, AFTER], 3)[sb.per_row([BEFORE, BIG, AFTER], "request") == 0])
+        assert np.array_equal(
+            one.request("a").ids, sb.of_rows([BEFORE, BIG, AFTER], 3)[sb.per_row([BEFORE, BIG, AFTER], "request") == 0]
+        )
         assert trace.steps(1, 2).rows == 20 and np.array_equal(trace.layer(0).steps(1, 2).ids, BIG.layers[0]["ids"])
 
 
@@ -61,7 +66,9 @@ def test_all_of_a_step_in_fragments(tmp_path):
 
 
 def test_an_aborted_step_takes_its_fragments_back(tmp_path):
-    trace = written(tmp_path, [before(), *FRAGMENTS, sb.takes_back(BIG, 2, 3, losses=[(2, 1, 2, 20)]), after(4, [(2, 1, 2, 20)])])
+    trace = written(
+        tmp_path, [before(), *FRAGMENTS, sb.takes_back(BIG, 2, 3, losses=[(2, 1, 2, 20)]), after(4, [(2, 1, 2, 20)])]
+    )
     same(trace, [BEFORE, AFTER])
     assert trace.losses["aborted"].rows == 20
 
@@ -85,14 +92,14 @@ def test_a_step_cut_off_by_a_crash(tmp_path):
     assert trace.layer(0).positions.tolist()[6:] == [-1] * 20
     assert set(trace.layer(0).request_ids[6:]) == {None}
     assert trace.layer(0).phase("unknown").rows == 20
-    assert np.array_equal(trace.layer(0).phase("unknown").counts(), np.bincount(BIG.layers[0]["ids"].ravel(), minlength=60))
+    assert np.array_equal(
+        trace.layer(0).phase("unknown").counts(), np.bincount(BIG.layers[0]["ids"].ravel(), minlength=60)
+    )
     assert trace.layer(0).counts().sum() == 26 * 4
 
 
 def test_the_open_step_of_a_live_process_is_not_read_yet(tmp_path):
-    from test_trace import myself
-
-    trace = written(tmp_path, [before(), *FRAGMENTS], closed=False, owner=myself())
+    trace = written(tmp_path, [before(), *FRAGMENTS], closed=False, owner=rb.owner_of(os.getpid()))
     assert (trace.rows, trace.problems) == (6, [])
 
 

@@ -1,87 +1,14 @@
-"""Rings of dead processes, built by the tables of csrc/RING.md, read in memory and folded into segments by `recover`."""
+"""Rings of dead processes, built by the tables of csrc/RING.md, read in memory and folded into segments."""
 
 from __future__ import annotations
-
-import fcntl
-import json
-import multiprocessing
-import os
-import struct
-import subprocess
-import sys
-import zlib
 
 import numpy as np
 import pytest
 import ring_bytes as rb
 import segment_bytes as sb
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from test_trace import myself
+from crashes import META, Crash, both_ways, check, request_notes
 
 import moe_trace
-
-META = {"model": "tiny", "layers": sb.ledger(), "weights_dtype": "float16", "fields": ["ids", "weights"]}
-
-
-def request_notes(notes):
-    data = b"".join(rb.note(rb.REQUEST, line["index"], line) for line in notes)
-    return data, len(notes)
-
-
-class Crash:
-    """A rank whose process died: steps in a segment, steps in the ring."""
-
-    def __init__(self, tmp_path, segments=(), owner=None, **ring):
-        self.directory = tmp_path / "t" / "run-1" / "rank-0"
-        self.trace = tmp_path / "t"
-        self.ring = rb.RingFile(owner=owner or rb.dead_owner(), directory=self.directory, **ring)
-        self.segments = list(segments)
-        self.path = tmp_path / "moe-native-0.ring"
-
-    def write(self, closed=False):
-        entry = self.ring.write(self.path)
-        sb.write_rank(self.directory, self.segments, metadata=META, owner=self.ring.owner, ring=entry, closed=closed)
-        return self.trace
-
-
-def check(trace, steps, layers=(0, 3)):
-    assert trace.rows == sum(step.rows for step in steps)
-    for layer in layers:
-        one = trace.layer(layer)
-        ids = sb.of_rows(steps, layer)
-        assert np.array_equal(one.ids, ids)
-        assert np.array_equal(one.counts(), np.bincount(ids.ravel(), minlength=60))
-        assert np.array_equal(one.weights, sb.of_rows(steps, layer, "weights"))
-        assert np.array_equal(one.prefill().ids, ids[sb.per_row(steps, "class") & 3 == 1])
-    assert np.array_equal(trace.positions, sb.per_row(steps, "position"))
-    assert np.array_equal(trace.step_numbers, np.repeat([s.number for s in steps], [s.rows for s in steps]))
-    names = {0: "a", 1: "b", sb.NOBODY: None}
-    assert trace.request_ids.tolist() == [names[i] for i in sb.per_row(steps, "request").tolist()]
-
-
-def both_ways(crash, steps, **kw):
-    """Reading the ring in memory and recovering it give the same; recovery can be repeated."""
-    before = {p: p.read_bytes() for p in crash.trace.rglob("*") if p.is_file()} | {crash.path: crash.path.read_bytes()}
-    trace = moe_trace.open(crash.trace)
-    assert trace.state == "crashed"
-    check(trace, steps, **kw)
-    assert all(p.read_bytes() == content for p, content in before.items()), "opening writes nothing"
-    report = moe_trace.recover(crash.trace)
-    assert not crash.path.exists(), str(report)
-    files = {p: p.read_bytes() for p in crash.trace.rglob("*") if p.is_file()}
-    assert not [p for p in files if p.name.endswith(".open")]
-    rank = json.loads((crash.directory / "rank.json").read_text())
-    assert rank["closed"] is True and rank["ring"] is None and rank["metadata"] == META
-    moe_trace.recover(crash.trace)
-    assert files == {p: p.read_bytes() for p in crash.trace.rglob("*") if p.is_file()}, "recovery is idempotent"
-    trace = moe_trace.open(crash.trace)
-    assert trace.state == "closed"
-    check(trace, steps, **kw)
-    # The segments alone say the same, without rank.json.
-    (crash.directory / "rank.json").unlink()
-    check(moe_trace.open(crash.trace), steps, **kw)
-    return report
 
 
 def test_everything_in_the_ring(tmp_path):
@@ -101,7 +28,9 @@ def test_some_in_segments(tmp_path, closed_segments):
     ends = [crash.ring.whole(step, *request_notes(notes if i == 0 else [])) for i, step in enumerate(steps)]
     block = sb.rows_block(steps[:2], notes=notes, lanes=[(0, 1, ends[1])])
     segment = sb.segment([block], META, closed=bool(closed_segments), ring_id=rb.RING_ID)
-    crash.segments = [segment] + ([sb.segment([], META, closed=False, number=1, ring_id=rb.RING_ID)] if closed_segments else [])
+    crash.segments = [segment] + (
+        [sb.segment([], META, closed=False, number=1, ring_id=rb.RING_ID)] if closed_segments else []
+    )
     crash.write()
     both_ways(crash, steps)
 
@@ -218,7 +147,9 @@ def test_laps_and_reused_descriptors(tmp_path):
 
 
 def test_after_an_io_error_only_what_was_not_overwritten_is_read(tmp_path):
-    """Records are freed without a block when the disk fails (counted as io_error). What a later record overwrote is no data."""
+    """Records are freed without a block when the disk fails (counted as io_error). What a later record overwrote is
+    no data.
+    """
     steps, notes = sb.make_steps([7] * 12)
     crash = Crash(tmp_path, descriptors=64, arena_bytes=2048)
     ends = [crash.ring.whole(step, *request_notes(notes if i == 0 else [])) for i, step in enumerate(steps)]
@@ -240,7 +171,9 @@ def test_after_an_io_error_longer_than_the_descriptors(tmp_path):
     crash.segments = [sb.segment([block], META, closed=False)]
     crash.write()
     trace = moe_trace.open(crash.trace)
-    assert sorted(set(trace.step_numbers.tolist())) == [0, 1, *range(35, 40)], "15 of the 16 records are five whole steps"
+    assert sorted(set(trace.step_numbers.tolist())) == [0, 1, *range(35, 40)], (
+        "15 of the 16 records are five whole steps"
+    )
     check(trace, [*steps[:2], *steps[35:]])
 
 
@@ -293,7 +226,10 @@ def test_fragments_in_the_segment_and_the_rest_in_the_ring(tmp_path):
     big = steps[1]
     crash.ring.layer(big, 0, 0, 8, flags=2)
     cut = crash.ring.layer(big, 0, 8, flags=2)
-    blocks = [sb.rows_block(steps[:1], 0, notes=notes, lanes=[(0, 1, first)]), sb.fragment(big, [(0, 0, 20)], 1, lanes=[(0, first + 1, cut)])]
+    blocks = [
+        sb.rows_block(steps[:1], 0, notes=notes, lanes=[(0, 1, first)]),
+        sb.fragment(big, [(0, 0, 20)], 1, lanes=[(0, first + 1, cut)]),
+    ]
     crash.ring.layer(big, 3, 0, 8, flags=2)
     crash.ring.layer(big, 3, 8, flags=2)
     crash.ring.step(big)
@@ -352,240 +288,3 @@ def test_a_torn_block_is_taken_from_the_ring_again(tmp_path):
     crash.write()
     assert moe_trace.open(crash.trace).problems == [], "nothing is missing"
     both_ways(crash, steps)
-
-
-# Whose ring is it?
-
-
-def test_the_ring_of_a_living_owner_is_left_alone(tmp_path):
-    steps, notes = sb.make_steps([5])
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        ticks = int(open(f"/proc/{child.pid}/stat").read().rpartition(")")[2].split()[19])
-        owner = {**myself(), "pid": child.pid, "start_ticks": ticks}
-        crash = Crash(tmp_path, owner=owner)
-        crash.ring.whole(steps[0], *request_notes(notes))
-        crash.write()
-        assert moe_trace.open(crash.trace).state == "live" and moe_trace.open(crash.trace).rows == 0
-        moe_trace.recover(crash.trace)
-        assert crash.path.exists()
-        child.stdin.close()
-        child.wait()
-    assert moe_trace.open(crash.trace).rows == 5
-    both_ways(crash, steps)
-
-
-@pytest.mark.parametrize("owner", ["another boot", "finished", "reused pid"])
-def test_signs_of_death(tmp_path, owner):
-    steps, notes = sb.make_steps([5])
-    dead = {"another boot": rb.dead_owner, "finished": rb.finished_process, "reused pid": lambda: {**myself(), "start_ticks": 1}}
-    crash = Crash(tmp_path, owner=dead[owner]())
-    crash.ring.whole(steps[0], *request_notes(notes))
-    crash.write()
-    both_ways(crash, steps)
-
-
-def test_a_lock_is_a_sign_of_life_where_process_ids_mean_nothing(tmp_path):
-    steps, notes = sb.make_steps([5])
-    crash = Crash(tmp_path)
-    crash.ring.whole(steps[0], *request_notes(notes))
-    crash.write()
-    code = "import fcntl, sys; f = open(sys.argv[1], 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX); print('locked', flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", code, crash.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        assert child.stdout.readline() == b"locked\n"
-        trace = moe_trace.open(crash.trace)
-        assert trace.state == "live" and trace.rows == 0
-        moe_trace.recover(crash.trace)
-        assert crash.path.exists()
-        child.stdin.close()
-    both_ways(crash, steps)
-
-
-def test_reading_ones_own_trace_keeps_the_lock(tmp_path):
-    """Closing any descriptor of a file drops a process's locks on it, so the reader must not even open its own ring."""
-    steps, notes = sb.make_steps([5])
-    crash = Crash(tmp_path, owner=myself())
-    crash.ring.whole(steps[0], *request_notes(notes))
-    crash.write()
-    probe = (
-        "import fcntl, sys; f = open(sys.argv[1], 'r+b')\n"
-        "try: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
-        "except OSError: sys.exit(7)"
-    )
-    with open(crash.path, "r+b") as ring:
-        fcntl.lockf(ring, fcntl.LOCK_EX)
-        trace = moe_trace.open(crash.trace)
-        assert trace.state == "live" and trace.rows == 0
-        moe_trace.recover(crash.trace)
-        assert subprocess.run([sys.executable, "-c", probe, crash.path]).returncode == 7, "still locked"
-
-
-def test_a_ring_that_is_gone_is_told(tmp_path):
-    steps, notes = sb.make_steps([5])
-    crash = Crash(tmp_path, [sb.segment([sb.rows_block(steps, notes=notes)], META, closed=False)])
-    crash.write()
-    crash.path.unlink()
-    trace = moe_trace.open(crash.trace)
-    check(trace, steps)
-    assert not trace.complete and any("ring" in problem for problem in trace.problems)
-    moe_trace.recover(crash.trace)
-    trace = moe_trace.open(crash.trace)
-    check(trace, steps)
-    assert trace.state == "closed" and not trace.complete, "what is missing stays said"
-
-
-def test_a_ring_of_another_is_left_alone(tmp_path):
-    """A name may have been used again: rank.json names the ring's id as well."""
-    steps, notes = sb.make_steps([5])
-    crash = Crash(tmp_path)
-    crash.ring.whole(steps[0], *request_notes(notes))
-    crash.write()
-    rank = json.loads((crash.directory / "rank.json").read_text())
-    rank["ring"]["id"] = "0" * 15 + "1"
-    (crash.directory / "rank.json").write_text(json.dumps(rank))
-    assert moe_trace.open(crash.trace).rows == 0 and not moe_trace.open(crash.trace).complete
-    moe_trace.recover(crash.trace)
-    assert crash.path.exists(), "it is somebody else's"
-
-
-def test_recovery_is_exactly_once_when_it_is_killed_on_its_way(tmp_path, monkeypatch):
-    """Whatever system call a recoverer dies at, the next one finishes, and every row is there once."""
-    steps, notes = sb.make_steps([5, 6, 7, 2, 9])
-    calls = ("pwrite", "write", "rename", "replace", "unlink", "fdatasync", "fsync", "ftruncate", "mkstemp")
-    for n in range(200):
-        crash = Crash(tmp_path / str(n))
-        (tmp_path / str(n)).mkdir()
-        ends = [crash.ring.whole(step, *request_notes(notes if i == 0 else [])) for i, step in enumerate(steps)]
-        block = sb.rows_block(steps[:2], notes=notes, lanes=[(0, 1, ends[1])])
-        crash.segments = [sb.segment([block], META, closed=False)]
-        crash.write()
-        count = 0
-
-        class Killed(BaseException):
-            pass
-
-        def counting(call):
-            def wrapped(*args, **kw):
-                nonlocal count
-                count += 1
-                if count > n:
-                    raise Killed
-                return call(*args, **kw)
-
-            return wrapped
-
-        with monkeypatch.context() as patch:
-            for name in calls:
-                if hasattr(os, name):
-                    patch.setattr(os, name, counting(getattr(os, name)))
-            try:
-                moe_trace.recover(crash.trace)
-                finished = True
-            except Killed:
-                finished = False
-        check(moe_trace.open(crash.trace), steps)
-        moe_trace.recover(crash.trace)
-        check(moe_trace.open(crash.trace), steps)
-        assert not crash.path.exists() and moe_trace.open(crash.trace).state == "closed"
-        if finished:
-            assert n >= 3, "the calls of recovery were not counted"
-            return
-    pytest.fail("recovery never finished")
-
-
-def _recover(path, start, errors):
-    start.wait()
-    try:
-        moe_trace.recover(path)
-    except BaseException as error:
-        errors.put(repr(error))
-
-
-def test_two_recoverers_do_not_race(tmp_path):
-    steps, notes = sb.make_steps([5] * 12)
-    crash = Crash(tmp_path, descriptors=64)
-    for i, step in enumerate(steps):
-        crash.ring.whole(step, *request_notes(notes if i == 0 else []))
-    crash.write()
-    context = multiprocessing.get_context("fork")
-    start, errors = context.Event(), context.Queue()
-    workers = [context.Process(target=_recover, args=(crash.trace, start, errors)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    start.set()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
-    assert errors.empty()
-    check(moe_trace.open(crash.trace), steps)
-    assert sorted(p.name for p in crash.directory.iterdir()) == ["000000.moe", "rank.json"]
-
-
-# Damage. A ring is a stranger's memory: whatever is in it, the reader says one error or whole steps.
-
-
-def damaged(crash, data):
-    crash.path.write_bytes(data)
-    trace = moe_trace.open(crash.trace)
-    found = {}
-    try:
-        numbers = trace.layer(0).step_numbers
-        ids, problems = trace.layer(0).ids, trace.problems
-        for number in set(numbers.tolist()):
-            found[number] = ids[numbers == number]
-        assert trace.layer(0).counts().sum() + trace.stats()[0].invalid == ids.size
-        repr(trace), problems, trace.losses, trace.request_ids, trace.positions, trace.requests
-    except moe_trace.TraceError as error:
-        return {}, str(error)
-    return found, None
-
-
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_any_damage_of_a_descriptor(tmp_path_factory, data):
-    steps, notes = sb.make_steps([5, 6, 7])
-    crash = Crash(tmp_path_factory.mktemp("d"), descriptors=16, arena_bytes=4096)
-    for i, step in enumerate(steps):
-        crash.ring.whole(step, *request_notes(notes if i == 0 else []))
-    crash.write()
-    content = bytearray(crash.ring.bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        at = 8192 + data.draw(st.integers(0, 9 * 128 - 9))
-        value = data.draw(st.one_of(st.binary(min_size=1, max_size=8), st.sampled_from([b"\xff" * 8, b"\0" * 8, struct.pack("<Q", 1 << 63)])))
-        content[at : at + len(value)] = value
-    damaged(crash, bytes(content))
-
-
-def test_every_cut_of_a_ring_file(tmp_path):
-    steps, notes = sb.make_steps([5, 6])
-    crash = Crash(tmp_path, descriptors=16, arena_bytes=4096)
-    for i, step in enumerate(steps):
-        crash.ring.whole(step, *request_notes(notes if i == 0 else []))
-    crash.write()
-    whole = crash.ring.bytes()
-    for cut in [0, 1, 7, 8, 255, 256, 4095, 4096, 8191, 8192, 8192 + 128, len(whole) - 1]:
-        crash.path.write_bytes(whole[:cut])
-        trace = moe_trace.open(crash.trace)
-        assert trace.rows == 0 and not trace.complete
-    for at in range(256):
-        content = bytearray(whole)
-        content[at] ^= 0x55
-        crash.path.write_bytes(content)
-        trace = moe_trace.open(crash.trace)
-        assert trace.rows == 0 and not trace.complete, at
-
-
-def test_a_hostile_header(tmp_path):
-    """Valid checksums, absurd sizes."""
-    crash = Crash(tmp_path)
-    crash.write()
-    whole = crash.ring.bytes()
-    for at, form, value in (
-        (32, "<I", 0), (32, "<I", 0xFFFFFFFF), (36, "<I", 0), (36, "<I", 3), (36, "<I", 0x80000000), (40, "<Q", 1 << 63), (40, "<Q", 0),
-        (48, "<Q", 1), (56, "<Q", 1 << 63), (64, "<Q", 1 << 63), (12, "<H", 2),
-    ):  # fmt: skip
-        content = bytearray(whole)
-        struct.pack_into(form, content, at, value)
-        struct.pack_into("<I", content, 252, zlib.crc32(content[:252]))
-        crash.path.write_bytes(content)
-        trace = moe_trace.open(crash.trace)
-        assert trace.rows == 0 and not trace.complete, (at, value)

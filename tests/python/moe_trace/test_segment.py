@@ -67,11 +67,20 @@ def some_steps(draw):
 def test_round_trip(tmp_path_factory, steps, closed, codec, packed_directory, packed_metadata, steps_a_block):
     assume(any(step.rows for step in steps))
     blocks = [
-        sb.rows_block(steps[i : i + steps_a_block], i // steps_a_block, codec=codec) for i in range(0, len(steps), steps_a_block)
+        sb.rows_block(steps[i : i + steps_a_block], i // steps_a_block, codec=codec)
+        for i in range(0, len(steps), steps_a_block)
     ]
-    data = sb.segment(
-        blocks, {"model": "m" * 300}, closed=closed, directory_codec=packed_directory and 1, codec=packed_metadata and 1
-    ) if codec is None else sb.segment(blocks, {"model": "m" * 300}, closed=closed)
+    data = (
+        sb.segment(
+            blocks,
+            {"model": "m" * 300},
+            closed=closed,
+            directory_codec=packed_directory and 1,
+            codec=packed_metadata and 1,
+        )
+        if codec is None
+        else sb.segment(blocks, {"model": "m" * 300}, closed=closed)
+    )
     trace = opened(tmp_path_factory, data, "000000.moe" if closed else "000000.moe.open")
     assert trace.metadata["model"] == "m" * 300
     assert trace.rows == sum(step.rows for step in steps)
@@ -196,7 +205,9 @@ def test_what_is_not_there_is_told(tmp_path):
 
 
 def test_opening_reads_little(tmp_path):
-    """A long trace opens without reading its blocks: of a closed segment, the superblock, the trailer and the footer's header."""
+    """A long trace opens without reading its blocks: of a closed segment, the superblock, the trailer and the
+    footer's header.
+    """
     steps, notes = sb.make_steps([200] * 3)
     data = bytearray(sb.segment([sb.rows_block([s], i, notes=notes) for i, s in enumerate(steps)]))
     meta = len(sb.superblock({}))

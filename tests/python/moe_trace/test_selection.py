@@ -22,7 +22,11 @@ def trace(tmp_path_factory):
     path = tmp_path_factory.mktemp("selection") / "t"
     halves = STEPS[:5], STEPS[5:]
     segments = [
-        sb.segment([sb.rows_block(half[:2], 2 * i, notes=NOTES), sb.rows_block(half[2:], 2 * i + 1)], {"layers": sb.ledger()}, number=i)
+        sb.segment(
+            [sb.rows_block(half[:2], 2 * i, notes=NOTES), sb.rows_block(half[2:], 2 * i + 1)],
+            {"layers": sb.ledger()},
+            number=i,
+        )
         for i, half in enumerate(halves)
     ]
     sb.write_rank(path / "run-1" / "rank-0", segments, metadata={"layers": sb.ledger()})
@@ -94,12 +98,12 @@ def test_contradictions_are_empty(trace):
 
 def test_between_takes_seconds_and_datetimes(trace):
     t0, t1 = STEPS[2].time_ns / SECOND, STEPS[5].time_ns / SECOND
-    expected = IDS[3][(TIME >= STEPS[2].time_ns) & (TIME < STEPS[5].time_ns)]
+    expected = IDS[3][(STEPS[2].time_ns <= TIME) & (STEPS[5].time_ns > TIME)]
     assert np.array_equal(trace.layer(3).between(t0, t1).ids, expected)
     as_dates = (datetime.fromtimestamp(t, UTC) for t in (t0, t1))
     assert np.array_equal(trace.between(*as_dates).layer(3).ids, expected)
-    assert trace.between(t0, None).rows == (TIME >= STEPS[2].time_ns).sum()
-    assert trace.between(None, t1).rows == (TIME < STEPS[5].time_ns).sum()
+    assert trace.between(t0, None).rows == (STEPS[2].time_ns <= TIME).sum()
+    assert trace.between(None, t1).rows == (STEPS[5].time_ns > TIME).sum()
     # Counts of a cut through blocks are exact, too.
     assert np.array_equal(trace.layer(3).between(t0, t1).counts(), np.bincount(expected.ravel(), minlength=60))
 
@@ -109,7 +113,7 @@ def test_since(trace):
     with pytest.raises(ValueError, match="10m"):
         trace.since("soon")
     iso = datetime.fromtimestamp(STEPS[4].time_ns / SECOND, UTC).isoformat()
-    assert trace.since(iso).rows == (TIME >= STEPS[4].time_ns).sum()
+    assert trace.since(iso).rows == (STEPS[4].time_ns <= TIME).sum()
 
 
 def test_weights_and_first_choices(trace):
@@ -158,13 +162,13 @@ def test_repr_says_what_is_selected(trace):
 def test_any_selection_is_its_mask(trace, layer, phase, requests, steps, times):
     one, mine = trace.layer(layer), np.ones(len(STEP), bool)
     if phase:
-        one, mine = one.phase(phase), mine & (CLASS & 3 == ("prefill", "decode").index(phase) + 1)
+        one, mine = one.phase(phase), mine & (("prefill", "decode").index(phase) + 1 == CLASS & 3)
     if requests:
         one, mine = one.request(*requests), mine & np.isin(NAMES.astype(str), sorted(requests))
-    one, mine = one.steps(*steps), mine & (STEP >= steps[0]) & (STEP < steps[1])
+    one, mine = one.steps(*steps), mine & (steps[0] <= STEP) & (steps[1] > STEP)
     if times:
         t0, t1 = (STEPS[0].time_ns / SECOND + t for t in times)
-        one, mine = one.between(t0, t1), mine & (TIME >= t0 * SECOND) & (TIME < t1 * SECOND)
+        one, mine = one.between(t0, t1), mine & (t0 * SECOND <= TIME) & (t1 * SECOND > TIME)
     ids, weights = IDS[layer][mine], sb.of_rows(STEPS, layer, "weights")[mine]
     assert one.rows == mine.sum()
     assert np.array_equal(one.ids, ids) and np.array_equal(one.weights, weights)

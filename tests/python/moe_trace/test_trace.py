@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import ring_bytes as rb
 import segment_bytes as sb
 
 import moe_trace
@@ -23,11 +24,6 @@ def simple(first=0, sizes=(4, 2), requests=("a", "b"), number=0, closed=True, lo
         [sb.rows_block(steps, blocks or number, notes=notes, losses=losses)], META, number=number, closed=closed, **kw
     )
     return steps, data
-
-
-def myself():
-    ticks = int(open("/proc/self/stat").read().rpartition(")")[2].split()[19])
-    return {"pid": os.getpid(), "start_ticks": ticks, "boot_id": open("/proc/sys/kernel/random/boot_id").read().strip()}
 
 
 def test_runs_ranks_and_segments_are_joined(tmp_path):
@@ -75,7 +71,9 @@ def test_a_live_trace(tmp_path):
     third = sb.rows_block(sb.make_steps([9], first=4)[0], 9).pack()
     torn = second + third[:-5]  # being written just now: the body comes before the header
     torn = second + bytes(128) + third[128:-5]
-    rank = sb.write_rank(tmp_path / "t" / "run-1" / "rank-0", [first, torn], owner=myself(), closed=False, metadata=META)
+    rank = sb.write_rank(
+        tmp_path / "t" / "run-1" / "rank-0", [first, torn], owner=rb.owner_of(os.getpid()), closed=False, metadata=META
+    )
     trace = moe_trace.open(tmp_path / "t")
     assert (trace.state, trace.problems, trace.rows) == ("live", [], 12)
     assert np.array_equal(trace.layer(0).ids[6:], sb.of_rows(steps, 0))
@@ -121,7 +119,9 @@ def test_the_coverage_ledger(tmp_path):
     _, data = simple()
     sb.write_rank(tmp_path / "t" / "run-1" / "rank-0", [data], metadata={"layers": layers})
     trace = moe_trace.open(tmp_path / "t")
-    assert [(e.layer, e.name, e.experts, e.top_k, e.status, e.detail) for e in trace.layers] == [tuple(x.values()) for x in layers]
+    assert [(e.layer, e.name, e.experts, e.top_k, e.status, e.detail) for e in trace.layers] == [
+        tuple(x.values()) for x in layers
+    ]
     assert not trace.complete, "a missed layer makes a trace incomplete"
     with pytest.raises(moe_trace.TraceError, match="fused kernel"):
         trace.layer(5)
@@ -146,7 +146,10 @@ def test_times(tmp_path):
     steps, data = simple()
     sb.write_rank(tmp_path / "t" / "run-1" / "rank-0", [data])
     trace = moe_trace.open(tmp_path / "t")
-    assert (trace.first_time.timestamp(), trace.last_time.timestamp()) == (steps[0].time_ns / 1e9, steps[-1].time_ns / 1e9)
+    assert (trace.first_time.timestamp(), trace.last_time.timestamp()) == (
+        steps[0].time_ns / 1e9,
+        steps[-1].time_ns / 1e9,
+    )
     assert trace.first_time.tzinfo is not None
 
 
@@ -156,7 +159,9 @@ def test_a_segment_that_retention_deletes_after_the_listing_is_skipped(tmp_path,
     listed = os.listdir
     # The listing still has the segment; the file is gone.
     os.remove(rank / "000000.moe")
-    monkeypatch.setattr(os, "listdir", lambda path: sorted({*listed(path), "000000.moe"}) if str(path) == str(rank) else listed(path))
+    monkeypatch.setattr(
+        os, "listdir", lambda path: sorted({*listed(path), "000000.moe"}) if str(path) == str(rank) else listed(path)
+    )
     trace = moe_trace.open(tmp_path / "t")
     assert trace.rows == 12 and trace.problems == []
 
@@ -234,7 +239,18 @@ def test_a_newer_version_is_refused_by_name(tmp_path, version):
         moe_trace.open(tmp_path / "t").counts()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"format": "other"}', '{"format": "moe-native rank", "version": 1, "owner": 7, "ring": []}', "\0" * 50, "[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{",
+        '{"format": "other"}',
+        '{"format": "moe-native rank", "version": 1, "owner": 7, "ring": []}',
+        "\0" * 50,
+        "[" * 100_000,
+    ],
+)
 def test_a_broken_rank_file_costs_no_rows(tmp_path, content):
     steps, data = simple()
     rank = sb.write_rank(tmp_path / "t" / "run-1" / "rank-0", [data])
@@ -255,7 +271,14 @@ def test_a_damaged_segment_between_whole_ones(tmp_path):
 
 
 def test_hostile_metadata(tmp_path):
-    for metadata in (b"[1, 2]", b"[" * 200_000, b"\xff\xfe", b'{"layers": 7}', b'{"layers": [7, {"layer": "x"}, {"layer": -1}, {}]}', b"{"):
+    for metadata in (
+        b"[1, 2]",
+        b"[" * 200_000,
+        b"\xff\xfe",
+        b'{"layers": 7}',
+        b'{"layers": [7, {"layer": "x"}, {"layer": -1}, {}]}',
+        b"{",
+    ):
         steps, notes = sb.make_steps([4])
         path = tmp_path / "000000.moe"
         path.write_bytes(sb.segment([sb.rows_block(steps, notes=notes)], metadata))

@@ -25,7 +25,11 @@ def tables(steps):
 
 
 def columns(steps):
-    found = {(sb.FIELDS[name], layer): sb.of_rows(steps, layer, name) for layer in (0, 3) for name in ("ids", "weights", "logits")}
+    found = {
+        (sb.FIELDS[name], layer): sb.of_rows(steps, layer, name)
+        for layer in (0, 3)
+        for name in ("ids", "weights", "logits")
+    }
     return found | {(sb.TOKENS, 65535): np.concatenate([s.tokens for s in steps]).reshape(-1, 1)}
 
 
@@ -62,7 +66,9 @@ def test_it_is_the_same_as_what_the_tables_say(tmp_path):
 
 
 def decoded(data):
-    """The entries of each block by (block, field, layer, byte), and its header's numbers, read with struct and zlib alone."""
+    """The entries of each block by (block, field, layer, byte), and its header's numbers, read with struct and zlib
+    alone.
+    """
     import zstandard
 
     stored = struct.unpack_from("<I", data, 80)[0]
@@ -97,7 +103,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
     steps, runs = tables(STEPS)
     with pytest.raises(ValueError, match="runs"):
         writer.add(columns(STEPS), steps, runs[:-1])
-    with pytest.raises(ValueError, match="ids of layer 0.*16 rows"):
+    with pytest.raises(ValueError, match=r"ids of layer 0.*16 rows"):
         writer.add({(sb.IDS, 0): np.zeros((3, 4), np.uint8)}, steps, runs)
     with pytest.raises(FileExistsError):
         SegmentWriter(tmp_path)

@@ -1,0 +1,226 @@
+"""The selected rows of one block, and what a selection asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace import format as fmt
+from moe_trace.block import Block
+from moe_trace.errors import TraceError
+from moe_trace.rank import Rank
+
+
+@dataclass(frozen=True)
+class Filter:
+    """What a selection asks for. None: anything."""
+
+    layers: tuple[int, ...] | None = None
+    one_layer: bool = False  # `layer(3)` drops the layer axis of results, `layer([3])` keeps it
+    phases: frozenset[int] | None = None
+    modalities: frozenset[int] | None = None
+    requests: frozenset[str] | None = None
+    first_ns: int | None = None  # included
+    end_ns: int | None = None  # not included
+    first_step: int | None = None
+    end_step: int | None = None
+
+    def takes_class(self, cls: int) -> bool:
+        phase, modality = cls & 3, cls >> 2 & 15
+        return (self.phases is None or phase in self.phases) and (
+            self.modalities is None or modality in self.modalities
+        )
+
+    @property
+    def any_time(self) -> bool:
+        return self.first_ns is None and self.end_ns is None and self.first_step is None and self.end_step is None
+
+    def covers(self, first_ns: int, last_ns: int, first_step: int, last_step: int) -> bool:
+        """Whether steps in these ranges are all asked for."""
+        return (
+            (self.first_ns is None or first_ns >= self.first_ns)
+            and (self.end_ns is None or last_ns < self.end_ns)
+            and (self.first_step is None or first_step >= self.first_step)
+            and (self.end_step is None or last_step < self.end_step)
+        )
+
+    def misses(self, first_ns: int, last_ns: int, first_step: int, last_step: int) -> bool:
+        """Whether none of the steps in these ranges is asked for."""
+        return (
+            (self.first_ns is not None and last_ns < self.first_ns)
+            or (self.end_ns is not None and first_ns >= self.end_ns)
+            or (self.first_step is not None and last_step < self.first_step)
+            or (self.end_step is not None and first_step >= self.end_step)
+        )
+
+
+class Batch:
+    """The selected rows of one block.
+
+    Attributes are read when they are first asked for, and have the shapes of `Selection`'s.
+    """
+
+    def __init__(
+        self, rank: Rank, block: Block, asked: Filter, layers: tuple[int, ...], keep: npt.NDArray[np.bool_] | None
+    ) -> None:
+        self._rank = rank
+        self._block = block
+        self._asked = asked
+        self._keep = keep  # of the block's runs; None: all
+        self.layers = layers  #: the layers that have rows here, of those asked for
+
+    @cached_property
+    def _mask(self) -> npt.NDArray[np.bool_] | None:
+        return None if self._keep is None else np.repeat(self._keep, self._block.runs["count"])
+
+    def _rows(self, per_row: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return per_row if self._mask is None else per_row[self._mask]
+
+    def _per_run(self, per_run: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return self._rows(np.repeat(per_run, self._block.runs["count"]))
+
+    @cached_property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self._block.rows if self._keep is None else int(self._block.runs["count"][self._keep].sum())
+
+    def column(self, field: int, layer: int) -> npt.NDArray[Any] | None:
+        """One column of one layer, `[rows, width]`; None where this block does not have it."""
+        if not self._block.has(field, layer):
+            return None
+        return self._rows(self._block.column(field, layer))
+
+    def _layers(self, field: int) -> npt.NDArray[Any]:
+        columns = [self.column(field, layer) for layer in self.layers]
+        if any(column is None for column in columns) or not columns:
+            name = fmt.FIELD_NAMES[field]
+            raise TraceError(
+                f"{name} were not recorded for {these(self.layers)}. "
+                f"To record them, set MOE_NATIVE_FIELDS=ids,weights,{name}"
+            )
+        found = [column for column in columns if column is not None]
+        if self._asked.one_layer:
+            return found[0]
+        if len({column.shape[1] for column in found}) > 1:
+            raise TraceError("these layers have rows of different widths: select one layer, as in trace.layer(0)")
+        return np.stack(promote(found), axis=1)
+
+    @cached_property
+    def ids(self) -> npt.NDArray[Any]:
+        """Expert ids, uint8 or uint16, `[rows, k]` or `[rows, layers, k]`."""
+        return self._layers(fmt.IDS)
+
+    @cached_property
+    def weights(self) -> npt.NDArray[Any]:
+        """Weights, of the shape of `ids`."""
+        return self._layers(fmt.WEIGHTS)
+
+    @cached_property
+    def logits(self) -> npt.NDArray[Any]:
+        """Router logits, `[rows, experts]` or `[rows, layers, experts]`."""
+        return self._layers(fmt.LOGITS)
+
+    @cached_property
+    def hidden(self) -> npt.NDArray[Any]:
+        """The routers' inputs, `[rows, width]` or `[rows, layers, width]`."""
+        return self._layers(fmt.HIDDEN)
+
+    @cached_property
+    def tokens(self) -> npt.NDArray[np.int64]:
+        """Token ids, int64 `[rows]`, -1 where unknown."""
+        column = self.column(fmt.TOKENS, fmt.NO_LAYER)
+        if column is None:
+            raise TraceError("token ids were not recorded. To record them, set MOE_NATIVE_FIELDS=ids,weights,tokens")
+        return _unknown_to_minus_one(column[:, 0])
+
+    @cached_property
+    def positions(self) -> npt.NDArray[np.int64]:
+        """Absolute positions in the requests, int64 `[rows]`, -1 where unknown."""
+        runs = self._block.runs
+        counts = runs["count"].astype(np.int64)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        first = np.repeat(_unknown_to_minus_one(runs["position"]), counts)
+        return self._rows(np.where(first < 0, -1, first + within))
+
+    @cached_property
+    def request_ids(self) -> npt.NDArray[np.object_]:
+        """Names of the requests, object `[rows]`; None for a row that is nobody's."""
+        return self._per_run(request_names(self._rank, self._block))
+
+    @cached_property
+    def phases(self) -> npt.NDArray[np.uint8]:
+        """0 unknown, 1 prefill, 2 decode; `[rows]`."""
+        return self._per_run((self._block.runs["cls"] & 3).astype(np.uint8))
+
+    @cached_property
+    def modalities(self) -> npt.NDArray[np.uint8]:
+        """0 unknown, 1 text, 2 image, 3 video, 4 audio; `[rows]`."""
+        return self._per_run((self._block.runs["cls"] >> 2 & 15).astype(np.uint8))
+
+    @cached_property
+    def flags(self) -> npt.NDArray[np.uint16]:
+        """1 recomputed, 2 rejected draft, 4 superseded, 8 discarded, added up; `[rows]`. Late amendments are in it."""
+        flags = np.repeat(self._block.runs["flags"], self._block.runs["count"])
+        amendments = self._rank.amendments
+        if amendments:
+            steps = self._block.steps
+            ends = np.cumsum(steps["rows"].astype(np.int64))
+            for step, end in zip(steps, ends, strict=True):
+                for row, count, bits in amendments.get(int(step["step"]), ()):
+                    begin = int(end) - int(step["rows"])
+                    flags[begin + max(row, 0) : min(begin + row + count, int(end))] |= bits
+        return self._rows(flags)
+
+    @cached_property
+    def step_numbers(self) -> npt.NDArray[np.int64]:
+        """Number of each row's step in its run, int64 `[rows]`."""
+        return self._rows(np.repeat(self._block.steps["step"].astype(np.int64), self._block.steps["rows"]))
+
+    @cached_property
+    def times(self) -> npt.NDArray[np.datetime64]:
+        """Start of each row's step, UTC, datetime64[ns] `[rows]`."""
+        times = np.repeat(self._block.steps["time_ns"], self._block.steps["rows"])
+        return self._rows(times).view("datetime64[ns]")
+
+
+def promote(parts: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    """Arrays of one dtype; where uint8 and uint16 ids meet, the mark of an invalid id stays one."""
+    if len({part.dtype for part in parts}) == 1:
+        return parts
+    dtype = np.result_type(*parts)
+    return [
+        np.where(p == 255, 65535, p).astype(dtype) if p.dtype == np.uint8 and dtype == np.uint16 else p.astype(dtype)
+        for p in parts
+    ]
+
+
+def request_names(rank: Rank, block: Block) -> npt.NDArray[np.object_]:
+    """Request names of the runs of a block; None for nobody's."""
+    indices, inverse = np.unique(block.runs["request"], return_inverse=True)
+    known = rank.requests
+    names = np.empty(len(indices), object)
+    for i, index in enumerate(indices.tolist()):
+        request = known.get(index)
+        names[i] = None if index == fmt.NOBODY else f"#{index}" if request is None else request.id
+    return names[inverse]
+
+
+def _unknown_to_minus_one(values: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+    wide = values.astype(np.int64)
+    wide[wide == fmt.NOBODY] = -1
+    return wide
+
+
+def these(layers: Sequence[int]) -> str:
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if not layers:
+        return "no layers"
+    if list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]} to {layers[-1]}"
+    return "layers " + ", ".join(map(str, layers))

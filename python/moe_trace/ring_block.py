@@ -1,0 +1,190 @@
+"""Records of a ring, and the steps that they make up, as blocks. Follows csrc/RING.md, section 2."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace import format as fmt
+from moe_trace.block import DTYPES, Block, Piece, check_runs
+from moe_trace.errors import DamagedTrace
+from moe_trace.statistics import LayerStats
+
+DESCRIPTOR = np.dtype(
+    [
+        ("word", "<u8"), ("step", "<u8"), ("offset", "<u8"), ("bytes", "<u8"), ("kind", "u1"), ("ids_dtype", "u1"),
+        ("weights_dtype", "u1"), ("logits_dtype", "u1"), ("hidden_dtype", "u1"), ("tokens", "u1"), ("layer", "<u2"),
+        ("rows", "<u4"), ("first_row", "<u4"), ("step_rows", "<u4"), ("k", "<u4"), ("logits_width", "<u4"),
+        ("hidden_width", "<u4"), ("invalid_ids", "<u4"), ("runs", "<u4"), ("notes_bytes", "<u4"), ("flags", "<u4"),
+        ("time_ns", "<i8"), ("notes", "<u4"), ("zero", "V36"),
+    ]
+)  # fmt: skip
+assert DESCRIPTOR.itemsize == 128
+
+LAYER_RECORD, STEP_RECORD = 1, 2
+STEP_ABORTED = 1
+_UINT32, _FLOAT16 = 3, 4
+_NOTE_REQUEST, _NOTE_LINE = 1, 3
+_FIELDS = ((fmt.IDS, "ids_dtype", "k"), (fmt.WEIGHTS, "weights_dtype", "k"),
+           (fmt.LOGITS, "logits_dtype", "logits_width"), (fmt.HIDDEN, "hidden_dtype", "hidden_width"))  # fmt: skip
+
+
+def well_formed(d: Any) -> bool:
+    """Whether the payload of a committed record has exactly the length that its descriptor's columns need."""
+    if int(d["kind"]) == STEP_RECORD:
+        return bool(int(d["flags"]) & STEP_ABORTED) or _step_parts(d)[2] == int(d["bytes"])
+    if int(d["kind"]) != LAYER_RECORD or int(d["layer"]) == fmt.NO_LAYER:
+        return False
+    for field, dtype, width in _FIELDS:
+        there = field == fmt.IDS or int(d[dtype])
+        if there and (int(d[dtype]) not in DTYPES[field] or not int(d[width])):
+            return False
+    rows_fit = int(d["first_row"]) + int(d["rows"]) <= int(d["step_rows"])
+    return rows_fit and _layer_columns(d)[1] == int(d["bytes"])
+
+
+class RingStep:
+    """The records of one step, each its descriptor and its payload."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.record: tuple[Any, memoryview] | None = None
+        self.layers: dict[int, list[tuple[Any, memoryview]]] = {}
+
+
+def _layer_columns(d: Any) -> tuple[dict[int, int], int]:
+    """Where the columns of a layer record start in its payload, and its length."""
+    at, size = {}, 0
+    for field, dtype, width in _FIELDS:
+        at[field] = size
+        item = fmt.ITEM_BYTES.get(int(d[dtype]), 0)
+        size = fmt.align(size + int(d["rows"]) * int(d[width]) * item)
+    return at, size
+
+
+def _step_parts(d: Any) -> tuple[int, int, int]:
+    """Where tokens and notes start in the payload of a step record, and its length."""
+    tokens = fmt.align(int(d["runs"]) * 16)
+    notes = tokens + (fmt.align(int(d["rows"]) * 4) if int(d["tokens"]) else 0)
+    return tokens, notes, notes + fmt.align(int(d["notes_bytes"]))
+
+
+class RingBlock(Block):
+    """One step in a ring, as a block; with the fragments of it that had been written to a segment already."""
+
+    def __init__(self, step: RingStep, exact_weights: bool, fragments: Sequence[Piece] = ()) -> None:
+        self._step = step
+        self._fragments = frozenset(fragments)
+        self.complete = step.record is not None
+        d = step.record[0] if step.record else next(iter(step.layers.values()))[0][0]
+        self.first_step = self.last_step = step.number
+        self.first_time_ns = self.last_time_ns = int(d["time_ns"])
+        self.rows = int(d["step_rows"])
+        columns: dict[tuple[int, int], list[Piece]] = {}
+        for piece in (*fragments, *_layer_pieces(step, exact_weights)):
+            columns.setdefault((piece.field, piece.layer), []).append(piece)
+        if step.record is not None and int(d["tokens"]):
+            at, payload = _step_parts(d)[0], step.record[1]
+            columns[fmt.TOKENS, fmt.NO_LAYER] = [
+                Piece(
+                    fmt.TOKENS,
+                    fmt.NO_LAYER,
+                    _UINT32,
+                    1,
+                    0,
+                    self.rows,
+                    lambda: np.frombuffer(payload, "<u4", self.rows, at).reshape(-1, 1),
+                )
+            ]
+        gaps = {layer for (_, layer), pieces in columns.items() if not self._covered(pieces)}
+        self._pieces = {key: pieces for key, pieces in columns.items() if key[1] not in gaps}
+        self.incomplete_layers = len(gaps)
+        self.runs = self._read_runs()
+        self.notes = self._read_notes()
+        time_ns, rows = self.first_time_ns, self.rows
+        self.steps = np.array([(step.number, time_ns, rows, len(self.runs), 0)], fmt.TABLES[fmt.STEPS])
+        check_runs(self.steps, self.runs)
+
+    def _covered(self, pieces: list[Piece]) -> bool:
+        pieces.sort(key=lambda piece: piece.first_row)
+        next_row = 0
+        for piece in pieces:
+            if (piece.first_row, piece.dtype, piece.width) != (next_row, pieces[0].dtype, pieces[0].width):
+                return False
+            next_row += piece.rows
+        return next_row == self.rows
+
+    def _read_runs(self) -> npt.NDArray[Any]:
+        if self._step.record is None:
+            return np.array([(fmt.NOBODY, fmt.NOBODY, self.rows, 0, 0)], fmt.TABLES[fmt.RUNS])
+        d, payload = self._step.record
+        return np.frombuffer(payload, fmt.TABLES[fmt.RUNS], int(d["runs"]))
+
+    def _read_notes(self) -> list[dict[str, Any]]:
+        if self._step.record is None:
+            return []
+        d, payload = self._step.record
+        at = _step_parts(d)[1]
+        data = payload[at : at + int(d["notes_bytes"])]
+        lines, at = [], 0
+        while at + 12 <= len(data):
+            kind, _, size = struct.unpack_from("<III", data, at)
+            at += 12
+            if kind in (_NOTE_REQUEST, _NOTE_LINE):
+                try:
+                    line = json.loads(bytes(data[at : at + size]))
+                except (ValueError, RecursionError) as error:
+                    raise DamagedTrace(f"a note is no JSON ({error})") from None
+                if isinstance(line, dict):
+                    lines.append(line)
+            at += size
+        return lines
+
+    @property
+    def columns(self) -> dict[tuple[int, int], tuple[int, int]]:
+        return {key: (pieces[0].dtype, pieces[0].width) for key, pieces in self._pieces.items()}
+
+    @property
+    def from_ring(self) -> list[Piece]:
+        """Of its columns, the pieces that no segment has yet."""
+        return [piece for pieces in self._pieces.values() for piece in pieces if piece not in self._fragments]
+
+    def column(self, field: int, layer: int) -> npt.NDArray[Any]:
+        parts = [piece.load() for piece in self._pieces[field, layer]]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def add_statistics(self, into: dict[int, LayerStats], wanted: Callable[[int, int], bool]) -> None:
+        classes = np.repeat(self.runs["cls"], self.runs["count"]) if self.layers else np.zeros(0, np.uint16)
+        for layer in self.layers:
+            ids = self.column(fmt.IDS, layer)
+            weights = self.column(fmt.WEIGHTS, layer) if self.has(fmt.WEIGHTS, layer) else None
+            for cls in np.unique(classes).tolist():
+                if wanted(layer, cls):
+                    mine = classes == cls
+                    into.setdefault(layer, LayerStats()).add_rows(ids[mine], None if weights is None else weights[mine])
+
+
+def _layer_pieces(step: RingStep, exact_weights: bool) -> Iterator[Piece]:
+    """The columns of a step's layer records, with the dtypes that a segment would give them."""
+    for layer, records in step.layers.items():
+        for d, payload in records:
+            places, _ = _layer_columns(d)
+            for field, dtype_name, width_name in _FIELDS:
+                dtype, width, rows = int(d[dtype_name]), int(d[width_name]), int(d["rows"])
+                if dtype == 0:
+                    continue
+                stored = _FLOAT16 if field == fmt.WEIGHTS and not exact_weights else dtype
+
+                def load(
+                    payload: memoryview = payload, at: int = places[field], dtype: int = dtype, width: int = width,
+                    rows: int = rows, stored: int = stored,
+                ) -> npt.NDArray[Any]:  # fmt: skip
+                    raw = np.frombuffer(payload, np.uint8, rows * width * fmt.ITEM_BYTES[dtype], at)
+                    return fmt.widen(raw, dtype).reshape(rows, width).astype(fmt.numpy_dtype(stored), copy=False)
+
+                yield Piece(field, layer, stored, width, int(d["first_row"]), rows, load)

@@ -1,0 +1,95 @@
+"""Recovery is exactly-once: killed anywhere on its way, or raced by others."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+import pytest
+import segment_bytes as sb
+from crashes import META, Crash, check, request_notes
+
+import moe_trace
+
+
+class Killed(BaseException):
+    pass
+
+
+def _dies(call, left):
+    """A system call that ends the process once `left` is used up."""
+
+    def wrapped(*args, **kwargs):
+        if next(left, None) is None:
+            raise Killed
+        return call(*args, **kwargs)
+
+    return wrapped
+
+
+def _in_a_segment(steps, notes, ends):
+    return [sb.rows_block(steps[:2], notes=notes, lanes=[(0, 1, ends[1])])]
+
+
+def _with_a_fragment(steps, notes, ends):
+    """Of the third step, layer 0 has left the ring already."""
+    fragment = sb.fragment(steps[2], [(0, 0, steps[2].rows)], 1, lanes=[(0, ends[1] + 1, ends[1] + 1)])
+    return [*_in_a_segment(steps, notes, ends), fragment]
+
+
+@pytest.mark.parametrize("written", [_in_a_segment, _with_a_fragment])
+def test_recovery_is_exactly_once_when_it_is_killed_on_its_way(tmp_path, monkeypatch, written):
+    """Whatever system call a recoverer dies at, the next one finishes, and every row is there once."""
+    steps, notes = sb.make_steps([5, 6, 7, 2, 9])
+    calls = ("pwrite", "rename", "replace", "unlink", "fdatasync", "ftruncate")
+    for n in range(200):
+        crash = Crash(tmp_path / str(n))
+        (tmp_path / str(n)).mkdir()
+        ends = [crash.ring.whole(step, *request_notes(notes if i == 0 else [])) for i, step in enumerate(steps)]
+        crash.segments = [sb.segment(written(steps, notes, ends), META, closed=False)]
+        crash.write()
+        left = iter(range(n))
+        with monkeypatch.context() as patch:
+            for name in calls:
+                patch.setattr(os, name, _dies(getattr(os, name), left))
+            try:
+                moe_trace.recover(crash.trace)
+                finished = True
+            except Killed:
+                finished = False
+        check(moe_trace.open(crash.trace), steps)
+        moe_trace.recover(crash.trace)
+        check(moe_trace.open(crash.trace), steps)
+        assert not crash.path.exists() and moe_trace.open(crash.trace).state == "closed"
+        if finished:
+            assert n >= 3, "the calls of recovery were not counted"
+            return
+    pytest.fail("recovery never finished")
+
+
+def _recover(path, start, errors):
+    start.wait()
+    try:
+        moe_trace.recover(path)
+    except BaseException as error:
+        errors.put(repr(error))
+
+
+def test_two_recoverers_do_not_race(tmp_path):
+    steps, notes = sb.make_steps([5] * 12)
+    crash = Crash(tmp_path, descriptors=64)
+    for i, step in enumerate(steps):
+        crash.ring.whole(step, *request_notes(notes if i == 0 else []))
+    crash.write()
+    context = multiprocessing.get_context("fork")
+    start, errors = context.Event(), context.Queue()
+    workers = [context.Process(target=_recover, args=(crash.trace, start, errors)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    start.set()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert errors.empty()
+    check(moe_trace.open(crash.trace), steps)
+    assert sorted(p.name for p in crash.directory.iterdir()) == ["000000.moe", "rank.json"]
