@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from typing import TYPE_CHECKING, Any
 
 if importlib.util.find_spec("torch") is None:
     raise ImportError(
@@ -15,8 +17,24 @@ if importlib.util.find_spec("moe_native._C") is None:
         "record, install torch and then moe-native with --no-build-isolation and without MOE_NATIVE_READER_ONLY."
     )
 
-from moe_native import hf
-from moe_native.recorder import Recorder
-from moe_trace import __version__
+if TYPE_CHECKING:
+    from moe_native import hf as hf
+    from moe_native.recorder import Recorder as Recorder
 
 __all__ = ["Recorder", "__version__", "hf"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when they are asked for: vLLM imports this package in each of its processes, to find the plugin, and most
+    # of them record nothing.
+    if name == "Recorder":
+        from moe_native.recorder import Recorder
+
+        return Recorder
+    if name == "hf":
+        return importlib.import_module("moe_native.hf")
+    if name == "__version__":
+        import moe_trace
+
+        return moe_trace.__version__
+    raise AttributeError(f"module 'moe_native' has no attribute {name!r}")

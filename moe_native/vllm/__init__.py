@@ -1,2 +1,4 @@
 """Recording inside vLLM: `plugin` is the entry point, `worker` follows one worker's life, `routers` hooks the model,
 `steps` says whose row is whose."""
+
+KEY = "moe_native"  #: our part of vLLM's additional config

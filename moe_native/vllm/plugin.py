@@ -23,9 +23,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from moe_native.vllm import KEY
+
 log = logging.getLogger("moe_native")
 
-KEY = "moe_native"  # in the additional config
 _STACK_DEPTH = 40
 # The process in which vLLM looks at a model's class. It makes no worker, and importing one there takes seconds.
 _INSPECTOR = "vllm.model_executor.models.registry"

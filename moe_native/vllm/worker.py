@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moe_native.config import Config, ConfigError
-from moe_native.vllm.plugin import KEY
+from moe_native.vllm import KEY
 
 if TYPE_CHECKING:
     from moe_native.recorder import Recorder
