@@ -19,13 +19,20 @@ from pathlib import Path
 EXAMPLES = Path(__file__).resolve().parents[2] / "python" / "examples"
 
 
-def measure(model: str, requests: int, tokens: int, repeats: int) -> None:
+def measure(model: str, requests: int, tokens: int, repeats: int, eager: bool) -> None:
     """In a process of its own: print seconds per repeat as JSON on the last line."""
     import time
 
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model=model, max_model_len=512, max_num_seqs=requests, seed=1234, enable_prefix_caching=False)
+    llm = LLM(
+        model=model,
+        max_model_len=512,
+        max_num_seqs=requests,
+        seed=1234,
+        enable_prefix_caching=False,
+        enforce_eager=eager,
+    )
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     prompts = [{"prompt_token_ids": [(7 * i + j) % 200 for j in range(32)]} for i in range(requests)]
     llm.generate(prompts, sampling, use_tqdm=False)
@@ -44,6 +51,7 @@ def run(arguments: argparse.Namespace, trace: str | None) -> float:
     if trace is not None:
         environment["MOE_NATIVE_TRACE"] = trace
     command = [sys.executable, __file__, "--measure", arguments.model, "--requests", str(arguments.requests)]
+    command += ["--eager"] if arguments.eager else []
     command += ["--tokens", str(arguments.tokens), "--repeats", str(arguments.repeats)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
@@ -55,13 +63,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", metavar="MODEL", help=argparse.SUPPRESS)
     parser.add_argument("--model", help="a checkpoint; the demo's small one is made when this is not given")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.measure:
-        return measure(arguments.measure, arguments.requests, arguments.tokens, arguments.repeats)
+        return measure(arguments.measure, arguments.requests, arguments.tokens, arguments.repeats, arguments.eager)
 
     with tempfile.TemporaryDirectory() as directory:
         if arguments.model is None:
