@@ -19,8 +19,9 @@ namespace {
 
 constexpr uint64_t kBlockBytes = 4 << 20;  // of the ring, before compression
 constexpr uint64_t kFragmentBytes = 64 << 20;
-constexpr auto kPoll = std::chrono::milliseconds(2);
-constexpr auto kIdlePoll = std::chrono::milliseconds(20);
+// Each look takes the model's core for a moment where there is none to spare, so they are rare until the ring fills.
+constexpr auto kPoll = std::chrono::milliseconds(20);
+constexpr auto kBusyPoll = std::chrono::milliseconds(2);
 constexpr auto kRetry = std::chrono::seconds(1);
 
 void leave_the_model_alone() noexcept {
@@ -80,20 +81,21 @@ void Drain::close() {
 
 void Drain::run() {
   leave_the_model_alone();
-  bool idle = false;
+  bool busy = false;
   for (;;) {
     uint64_t wanted;
     bool stop;
     {
       std::unique_lock lock(mutex_);
-      wake_.wait_for(lock, idle ? kIdlePoll : kPoll, [&] { return stop_ || flush_wanted_ > flush_done_; });
+      wake_.wait_for(lock, busy ? kBusyPoll : kPoll, [&] { return stop_ || flush_wanted_ > flush_done_; });
       wanted = flush_wanted_;
       stop = stop_;
     }
     const bool all = stop || wanted > flush_done_;
     try {
       const bool was_empty = assembler_.ready().empty();
-      idle = !assembler_.poll();
+      assembler_.poll();
+      busy = assembler_.open_is_streamed() || assembler_.held_bytes() >= pressure_bytes() / 4;
       if (was_empty) oldest_ready_ = Clock::now();
       write_ready(all);
       if (assembler_.open_is_streamed()) write_fragment();
