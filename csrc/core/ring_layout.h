@@ -9,7 +9,6 @@
 //   Descriptor, payload           the state in Descriptor::word says (see RING.md, "States").
 #pragma once
 
-#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>

@@ -11,7 +11,6 @@
 #include <string>
 #include <vector>
 
-#include "core/crc32.h"
 #include "core/owner.h"
 #include "segment/recording.h"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +33,7 @@ class Piece:
     load: Callable[[], npt.NDArray[Any]]
 
 
-class Block:
+class Block(abc.ABC):
     """What every block offers, wherever it lies. Tables are read when they are first asked for.
 
     Attributes:
@@ -55,9 +56,9 @@ class Block:
     notes: Any
 
     @property
+    @abc.abstractmethod
     def columns(self) -> dict[tuple[int, int], tuple[int, int]]:
         """(field, layer) of every column, with its (dtype code, width)."""
-        raise NotImplementedError
 
     def has(self, field: int, layer: int) -> bool:
         """Whether the block has a column."""
@@ -67,15 +68,15 @@ class Block:
         """dtype code and width of a column. Raises KeyError when the block has no such column."""
         return self.columns[field, layer]
 
+    @abc.abstractmethod
     def column(self, field: int, layer: int) -> npt.NDArray[Any]:
         """One column `[rows, width]`. Raises KeyError when the block has no such column, DamagedTrace when it is
         damaged.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def add_statistics(self, into: dict[int, LayerStats], wanted: Callable[[int, int], bool]) -> None:
         """Add the totals of each layer and class for which `wanted(layer, class)` holds."""
-        raise NotImplementedError
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
