@@ -66,6 +66,7 @@ class WorkerRecording:
 
     def __init__(self, worker: Any, config: Config) -> None:
         self.worker = worker
+        worker.moe_native = self  # for `collective_rpc`
         self.config = config
         self.recorder: Recorder | None = None
         self.errors: dict[str, int] = {}

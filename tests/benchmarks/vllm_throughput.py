@@ -1,8 +1,9 @@
 """vLLM's throughput with recording on and off: separate processes in interleaved pairs, so that drift of the machine
 cancels.
 
-Each process builds an engine, warms it up, and times the same batch of prompts several times; what counts is the ratio
-within a pair.
+Each process builds an engine, warms it up, and times the same batch of prompts several times. Two processes of the same
+settings differ by 10 % on a small machine, by luck of cores and memory; so the process that records also pauses its
+recorder for every second batch, which tells what the recording itself costs from the luck.
 """
 
 from __future__ import annotations
@@ -14,40 +15,53 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "python" / "examples"
 
 
-def measure(model: str, requests: int, tokens: int, repeats: int, eager: bool) -> None:
-    """In a process of its own: print seconds per repeat as JSON on the last line."""
-    import time
+def pause(worker: Any, paused: bool) -> None:
+    """Runs in the engine's worker."""
+    recorder = worker.moe_native.recorder
+    (recorder.pause if paused else recorder.resume)()
 
+
+def measure(arguments: argparse.Namespace) -> None:
+    """In a process of its own: print seconds of each batch as JSON on the last line, `{"on": …, "paused": …}` or
+    `{"off": …}`."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        model=model,
+        model=arguments.measure,
         max_model_len=512,
-        max_num_seqs=requests,
+        max_num_seqs=arguments.requests,
         seed=1234,
         enable_prefix_caching=False,
-        enforce_eager=eager,
+        enforce_eager=arguments.eager,
     )
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    prompts = [{"prompt_token_ids": [(7 * i + j) % 200 for j in range(32)]} for i in range(requests)]
-    llm.generate(prompts, sampling, use_tqdm=False)
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        llm.generate(prompts, sampling, use_tqdm=False)
-        seconds.append(time.perf_counter() - start)
+    sampling = SamplingParams(temperature=0, max_tokens=arguments.tokens, ignore_eos=True)
+    prompts = [{"prompt_token_ids": [(7 * i + j) % 200 for j in range(32)]} for i in range(arguments.requests)]
+    modes = ["on", "paused"] if "MOE_NATIVE_TRACE" in os.environ else ["off"]
+    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
+    for batch in range(arguments.repeats + 2):
+        for mode in modes if batch % 2 == 0 else modes[::-1]:
+            if mode != "off":
+                llm.collective_rpc(pause, args=(mode == "paused",))
+            start = time.perf_counter()
+            llm.generate(prompts, sampling, use_tqdm=False)
+            if batch >= 2:  # the first ones warm up
+                seconds[mode].append(time.perf_counter() - start)
     print("\n" + json.dumps(seconds))
 
 
-def run(arguments: argparse.Namespace, trace: str | None) -> float:
+def run(arguments: argparse.Namespace, trace: str | None) -> dict[str, float]:
+    """Median seconds of a batch, by mode."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MOE_NATIVE_")}
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     environment["VLLM_LOGGING_LEVEL"] = "ERROR"
+    environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `pause` travels to the worker
     if trace is not None:
         environment["MOE_NATIVE_TRACE"] = trace
     command = [sys.executable, __file__, "--measure", arguments.model, "--requests", str(arguments.requests)]
@@ -56,7 +70,12 @@ def run(arguments: argparse.Namespace, trace: str | None) -> float:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"the engine failed:\n{done.stderr[-3000:]}")
-    return statistics.median(json.loads(done.stdout.strip().splitlines()[-1]))
+    seconds = json.loads(done.stdout.strip().splitlines()[-1])
+    return {mode: statistics.median(values) for mode, values in seconds.items()}
+
+
+def describe(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.4f} (median of {len(ratios)}: {min(ratios):.4f} to {max(ratios):.4f})"
 
 
 def main() -> None:
@@ -67,10 +86,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=12)
     arguments = parser.parse_args()
     if arguments.measure:
-        return measure(arguments.measure, arguments.requests, arguments.tokens, arguments.repeats, arguments.eager)
+        return measure(arguments)
 
     with tempfile.TemporaryDirectory() as directory:
         if arguments.model is None:
@@ -79,19 +98,20 @@ def main() -> None:
 
             arguments.model = str(Path(directory) / "model")
             tiny_moe.make(arguments.model)
-        off, on = [], []
+        batches: dict[str, list[float]] = {"off": [], "on": [], "paused": []}
         for pair in range(arguments.pairs):
             order = [None, str(Path(directory) / "trace")]
             for trace in order if pair % 2 == 0 else order[::-1]:
-                (off if trace is None else on).append(run(arguments, trace))
-            print(f"pair {pair + 1}: off {off[-1]:.3f} s, on {on[-1]:.3f} s, ratio {on[-1] / off[-1]:.4f}", flush=True)
-    steps = arguments.tokens
+                for mode, seconds in run(arguments, trace).items():
+                    batches[mode].append(seconds)
+            off, on, paused = (batches[mode][-1] for mode in ("off", "on", "paused"))
+            print(f"pair {pair + 1}: off {off:.3f} s, on {on:.3f} s, paused {paused:.3f} s a batch", flush=True)
     print(f"\nvLLM, {arguments.requests} requests of {arguments.tokens} tokens, ids and weights recorded")
-    print(f"  recording off  {statistics.median(off) * 1e3 / steps:8.2f} ms a step")
-    print(f"  recording on   {statistics.median(on) * 1e3 / steps:8.2f} ms a step")
-    ratios = [a / b for a, b in zip(on, off, strict=True)]
-    spread = f"median of {len(ratios)} pairs: {min(ratios):.4f} to {max(ratios):.4f}"
-    print(f"  ratio on/off   {statistics.median(ratios):8.4f} ({spread})")
+    for mode, name in (("off", "recording off"), ("on", "recording on"), ("paused", "the same, paused")):
+        print(f"  {name:18}{statistics.median(batches[mode]) * 1e3 / arguments.tokens:8.2f} ms a step")
+    for base, name in (("off", "on / off, processes"), ("paused", "on / paused, within a process")):
+        ratios = [a / b for a, b in zip(batches["on"], batches[base], strict=True)]
+        print(f"  {name:32}{describe(ratios)}")
 
 
 if __name__ == "__main__":
