@@ -3,12 +3,13 @@ rows."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from collections.abc import Sequence
 from typing import Any
 
-from moe_native.runs import UNKNOWN
+from moe_native.runs import FLAGS, UNKNOWN
 
 _HEAD = struct.Struct("<III")  # kind, key, bytes (csrc/RING.md)
 _REQUEST, _ENDED, _LINE = 1, 2, 3
@@ -22,56 +23,79 @@ class Notes:
 
     Args:
         limit: bytes of notes that one step may carry. Many requests at once are spread over steps, because a step's own
-            record must fit in the ring; a note that is larger alone still goes.
+            record must fit in the ring; of a request whose own note is larger only the name is kept.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._index: dict[str, int] = {}
+        self._requests: dict[str, tuple[int, dict[str, Any]]] = {}  # index and info
         self._next = 0
-        self._waiting: list[bytes] = []
+        self._waiting: dict[tuple[int, int], bytes] = {}  # by kind and key: a newer definition replaces one that waits
+        self._lines = 0
+        self._fresh: set[int] = set()  # requests that no step can have rows of yet
 
     def __len__(self) -> int:
         """Number of requests that are known."""
-        return len(self._index)
-
-    def known(self, id: str) -> int | None:
-        """The index of a request that was named before and has not ended."""
-        return self._index.get(id)
+        return len(self._requests)
 
     def request(self, id: str, info: dict[str, Any]) -> int:
         """The index of a request. A new one, or new `info`, is noted."""
-        index = self._index.get(id)
-        if index is None:
-            index = self._next
+        index, known = self._requests.get(id, (self._next, {}))
+        if id not in self._requests:
             self._next = (index + 1) % UNKNOWN
-            self._index[id] = index
-            if len(self._index) > MOST_REQUESTS:
-                self.finish(next(iter(self._index)))
-        elif not info:
+            self._fresh.add(index)
+        elif info.items() <= known.items():
             return index
-        self._add(_REQUEST, index, {"type": "request", "index": index, "id": id, **info})
+        info = {**known, **info}
+        self._requests[id] = index, info
+        line = {**info, "type": "request", "index": index, "id": id}
+        if not self._add(_REQUEST, index, line):  # it would keep every step out of the ring
+            self._add(_REQUEST, index, {"type": "request", "index": index, "id": id[: self._limit // 8]})
+        if len(self._requests) > MOST_REQUESTS:
+            self.finish(next(iter(self._requests)))
         return index
 
     def finish(self, id: str) -> None:
         """The request has ended: its index will not be used again."""
-        index = self._index.pop(id, None)
-        if index is not None:
-            self._waiting.append(_HEAD.pack(_ENDED, index, 0))
+        if id not in self._requests:
+            return
+        index, _ = self._requests.pop(id)
+        if index in self._fresh:  # it came and went while nothing was recorded
+            self._fresh.remove(index)
+            self._waiting.pop((_REQUEST, index), None)
+        else:
+            self._waiting[_ENDED, index] = _HEAD.pack(_ENDED, index, 0)
 
     def amend(self, step: int, row: int, count: int, flags: Sequence[str]) -> None:
-        """A late fact about rows of an earlier step."""
-        self._add(_LINE, 0, {"type": "amend", "step": step, "row": row, "count": count, "set": list(flags)})
+        """A late fact about rows of an earlier step.
 
-    def _add(self, kind: int, key: int, line: dict[str, Any]) -> None:
+        Raises:
+            ValueError: a flag is not one of `FLAGS`.
+        """
+        for flag in flags:
+            if flag not in FLAGS:
+                raise ValueError(f"unknown flag {flag!r}: use some of {', '.join(FLAGS)}")
+        self._lines += 1
+        self._add(_LINE, self._lines, {"type": "amend", "step": step, "row": row, "count": count, "set": list(flags)})
+
+    @property
+    def amendments_wait(self) -> bool:
+        """Whether there are late facts that no step has carried yet."""
+        return any(kind == _LINE for kind, _ in self._waiting)
+
+    def _add(self, kind: int, key: int, line: dict[str, Any]) -> bool:
+        """False: the line is too long for a step."""
         text = json.dumps(line, separators=(",", ":")).encode()
-        self._waiting.append(_HEAD.pack(kind, key, len(text)) + text)
+        if len(text) > self._limit:
+            return False
+        self._waiting[kind, key] = _HEAD.pack(kind, 0 if kind == _LINE else key, len(text)) + text
+        return True
 
     def next(self) -> list[bytes]:
         """What the next step carries. It waits on until `delivered` says that the step was committed."""
         notes: list[bytes] = []
         size = 0
-        for note in self._waiting:
+        for note in self._waiting.values():
             if size + len(note) > self._limit and notes:
                 break
             notes.append(note)
@@ -80,4 +104,6 @@ class Notes:
 
     def delivered(self, count: int) -> None:
         """The first `count` waiting notes are in the ring."""
-        del self._waiting[:count]
+        for key in list(itertools.islice(self._waiting, count)):
+            del self._waiting[key]
+        self._fresh.clear()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import secrets
 import tempfile
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +39,29 @@ def make_rank_directory(trace: Path, rank: str, run: str | None = None) -> Path:
     raise FileExistsError(f"{trace} has a thousand runs named {base}")
 
 
+def sweep_emptied_ranks(trace: Path) -> None:
+    """Delete the directories of closed ranks whose segments retention has deleted. What cannot be deleted stays."""
+    for file in trace.glob("run-*/*/rank.json"):
+        rank = file.parent
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            emptied = not any(other.suffix in (".moe", ".open", ".ring") for other in rank.iterdir())
+            if emptied and json.loads(file.read_bytes()).get("closed") is True:
+                file.unlink()
+                rank.rmdir()
+                rank.parent.rmdir()  # fails, as it should, while another rank is in it
+
+
 class RankFile:
     """`rank.json`: who records what, and where the ring lies. Replaced as a whole, so that a reader never sees half of
-    it."""
+    it.
+
+    While it lives it holds a lock on the rank's directory. That is the sign of life that other containers and hosts
+    see, where the owner's process id and its ring mean nothing; nobody recovers a rank that is locked.
+    """
 
     def __init__(self, directory: Path, owner: dict[str, Any]) -> None:
         self.path = directory / "rank.json"
+        self._lock = _DirectoryLock(directory)
         self.run_id = secrets.token_bytes(16)
         self._content: dict[str, Any] = {
             "format": "moe-native rank",
@@ -65,3 +85,23 @@ class RankFile:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+    def release(self) -> None:
+        """Nothing more will be written: anybody may touch the rank now."""
+        self._lock.release()
+
+
+class _DirectoryLock:
+    """`flock` on a directory. Where the file system has none, it does nothing, and nobody recovers from there."""
+
+    def __init__(self, directory: Path) -> None:
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.release = weakref.finalize(self, os.close, handle)
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        _locks.add(self)
+
+
+# A forked child has the same lock; it would keep it alive beyond the owner's death.
+_locks: weakref.WeakSet[_DirectoryLock] = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [lock.release() for lock in _locks])

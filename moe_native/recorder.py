@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import json
 import logging
-import platform
+import operator
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +19,10 @@ import torch
 
 import moe_trace
 from moe_native import _C, ops
+from moe_native.metadata import Metadata
 from moe_native.notes import Notes
-from moe_native.rank_directory import RankFile, make_rank_directory
-from moe_native.runs import UNKNOWN, join_rows, one_per_row, row_class
+from moe_native.rank_directory import RankFile, make_rank_directory, sweep_emptied_ranks
+from moe_native.runs import RUN_DTYPE, UNKNOWN, join_rows, one_per_row, row_class
 
 __all__ = ["FIELDS", "Recorder"]
 
@@ -86,9 +87,9 @@ class Recorder:
         lanes: int = 1,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        unknown = [f for f in fields if f not in FIELDS]
+        unknown = [fields] if isinstance(fields, str) else [f for f in fields if f not in FIELDS]
         if unknown:
-            raise ValueError(f"unknown field {unknown[0]!r}: use some of {', '.join(FIELDS)}")
+            raise ValueError(f"unknown field {unknown[0]!r}: give a sequence of some of {', '.join(FIELDS)}")
         if overflow not in ("drop", "block"):
             raise ValueError(f"overflow is 'drop' or 'block', not {overflow!r}")
         if weights_dtype not in ("float16", "exact"):
@@ -105,7 +106,10 @@ class Recorder:
         self.path = Path(path)
         self.fields = tuple(f for f in FIELDS if f in fields or f == "ids")
         self.layers = None if layers is None else frozenset(int(layer) for layer in layers)
+        self._metadata = Metadata(self.fields, weights_dtype, metadata or {})
         self._recover_dead_runs()
+        if max_bytes is not None:
+            sweep_emptied_ranks(self.path)
         self.directory = make_rank_directory(self.path, rank, run)
         self._file = RankFile(self.directory, _C.owner())
         self._core = _C.Recording(
@@ -122,23 +126,9 @@ class Recorder:
             max_bytes=max_bytes or 0,
             flush_seconds=flush_seconds,
         )
-        self._ledger: list[dict[str, Any]] = []
-        self._metadata: dict[str, Any] = {
-            "versions": {
-                "moe_native": moe_trace.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "fields": list(self.fields),
-            "weights_dtype": weights_dtype,
-            "layers": self._ledger,
-        }
-        self._metadata_stale = False
         self._notes = Notes(limit=ring_bytes // lanes // 8)
         self._closed = False
-        self._write_metadata(
-            {"ring": {"path": self._core.ring_path, "id": f"{self._core.ring_id:016x}"}}, metadata or {}
-        )
+        self._publish_metadata(ring={"path": self._core.ring_path, "id": f"{self._core.ring_id:016x}"})
         self._at_exit = _close_at_exit(self)
 
     # What is recorded: bindings and metadata.
@@ -149,7 +139,15 @@ class Recorder:
         return ops.state
 
     def bind(
-        self, layer: int, *, experts: int, top_k: int, name: str = "", status: str = "exact", detail: str = ""
+        self,
+        layer: int,
+        *,
+        experts: int,
+        top_k: int,
+        name: str = "",
+        status: str = "exact",
+        detail: str = "",
+        every_step: bool = True,
     ) -> int:
         """Make a binding for one router; bind in the order of the model's modules.
 
@@ -160,47 +158,51 @@ class Recorder:
             name: the module's name.
             status: `"exact"`, or `"derived"` where the ids are computed from logits and not seen.
             detail: a remark for the coverage ledger.
+            every_step: False where a step may leave the layer out, as an encoder's layers in a decoding step; else a
+                step without its rows counts as a loss.
 
         Returns:
             The index to give to `record` or to the op.
+
+        Raises:
+            ValueError: a number is out of range.
         """
+        layer, experts, top_k = operator.index(layer), operator.index(experts), operator.index(top_k)
         if not 0 <= layer < 0xFFFF:
             raise ValueError(f"layer {layer} is not between 0 and 65534")
         if not 1 <= experts <= 0xFFFF or not 1 <= top_k <= 0xFFFF:
             raise ValueError(f"layer {layer}: experts={experts}, top_k={top_k} must be between 1 and 65535")
         enabled = self.layers is None or layer in self.layers
-        binding = self._core.bind(layer, experts, top_k, enabled)
+        binding = self._core.bind(layer, experts, top_k, enabled, every_step)
         status, detail = (status, detail) if enabled else ("skipped", "not among the layers asked for")
-        self._note_layer(layer, name, experts, top_k, status, detail)
+        self._metadata.add_layer(layer, name, experts, top_k, status, detail, every_step)
         return int(binding)
 
     def miss(self, layer: int, *, name: str, detail: str, experts: int = 0, top_k: int = 0) -> None:
         """Say in the trace that a layer is not recorded, and why."""
-        self._note_layer(layer, name, experts, top_k, "missed", detail)
-
-    def _note_layer(self, layer: int, name: str, experts: int, top_k: int, status: str, detail: str) -> None:
-        self._ledger.append(
-            {"layer": layer, "name": name, "experts": experts, "top_k": top_k, "status": status, "detail": detail}
-        )
-        self._metadata_stale = True
+        self._metadata.add_layer(operator.index(layer), name, int(experts), int(top_k), "missed", detail)
 
     def update_metadata(self, **items: Any) -> None:
-        """Set items of the trace's metadata. Mappings are merged, one level deep."""
-        self._write_metadata({}, items)
+        """Set items of the trace's metadata. Mappings are merged, one level deep.
 
-    def _write_metadata(self, rank_items: dict[str, Any], items: Mapping[str, Any]) -> None:
-        for key, value in items.items():
-            old = self._metadata.get(key)
-            self._metadata[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, Mapping) else value
-        self._metadata_stale = False
-        self._core.set_metadata(json.dumps(self._metadata))
-        self._file.update(metadata=self._metadata, **rank_items)
+        Raises:
+            TypeError, ValueError: an item is not JSON; nothing is changed.
+            OSError: `rank.json` cannot be written. The next segment has the items all the same.
+        """
+        self._metadata.merge(items)
+        self._publish_metadata()
+
+    def _publish_metadata(self, **rank_items: Any) -> None:
+        if not self._core.here:  # a forked child: the trace is its parent's
+            return
+        self._core.set_metadata(self._metadata.text())
+        self._file.update(metadata=self._metadata.items, **rank_items)
 
     # Requests.
 
     def request(self, id: str, **info: Any) -> int:
-        """The index of a request for `runs`. `info` (such as `prompt_len`) travels with the next step; given again, it
-        replaces the old."""
+        """The index of a request for `runs`. `info` (such as `prompt_len`) travels with the next step; what is given
+        again replaces the old."""
         return self._notes.request(id, info)
 
     def finish(self, id: str) -> None:
@@ -208,8 +210,17 @@ class Recorder:
         self._notes.finish(id)
 
     def amend(self, step: int, row: int, count: int, flags: Sequence[str]) -> None:
-        """A late fact about rows of an earlier step: `flags` of `recomputed`, `rejected`, `superseded`, `discarded`."""
+        """A late fact about rows of an earlier step: `flags` of `recomputed`, `rejected`, `superseded`, `discarded`.
+
+        Raises:
+            ValueError: a flag is none of these.
+        """
         self._notes.amend(step, row, count, flags)
+
+    @property
+    def step_number(self) -> int:
+        """The number of the open step, or of the one begun last; -1 before the first."""
+        return int(self._core.step_number)
 
     # Steps.
 
@@ -223,8 +234,11 @@ class Recorder:
         Raises:
             RuntimeError: a step is open already.
         """
-        if self._metadata_stale:
-            self._write_metadata({}, {})
+        if self._metadata.stale:
+            try:
+                self._publish_metadata()
+            except OSError as error:  # segments carry the metadata as well, and close() writes it again
+                log.warning("moe_native: rank.json cannot be written: %s", error)
         if self._core.has_messages:
             self._log_messages()
         return bool(self._core.begin_step(n_rows, spans) == 0)
@@ -328,9 +342,8 @@ class Recorder:
             return join_rows(np.full(rows, UNKNOWN, np.uint32), positions, classes)
         index: dict[str, int] = {}
         for name in dict.fromkeys(names):
-            known = self._notes.known(name)
             info = {"prompt_len": int(prompt_lens[name])} if name in prompt_lens else {}
-            index[name] = self.request(name, **info) if known is None else known
+            index[name] = self._notes.request(name, info)
         requests = np.fromiter((index[name] for name in names), np.uint32, rows)
         prompts = np.fromiter((prompt_lens.get(name, -1) for name in names), np.int64, rows)
         unknown, prefill, decode = (row_class(phase, modality, True) for phase in ("unknown", "prefill", "decode"))
@@ -349,12 +362,12 @@ class Recorder:
         """Make everything that is committed visible to readers.
 
         Raises:
-            TimeoutError: the disk did not take it in time. Nothing is lost by that.
+            TimeoutError: the disk did not take it, or not in time. Losses are counted, as ever.
         """
         done = self._core.flush(timeout)
         self._log_messages()
         if not done and not self._closed:
-            raise TimeoutError(f"{self.directory} was not flushed within {timeout} s")
+            raise TimeoutError(f"{self.directory} could not be flushed within {timeout} s")
 
     def close(self) -> None:
         """Write what is there, close the trace and remove the ring. Calling it again does nothing."""
@@ -364,10 +377,13 @@ class Recorder:
         atexit.unregister(self._at_exit)
         if not self._core.here:  # a forked child: the trace is its parent's
             return
+        if self._notes.amendments_wait and not self._core.step_open and self.begin_step(0):
+            self.end_step(np.zeros(0, RUN_DTYPE))  # a step without rows takes them along
         self._core.close()
         self._log_messages()
         with contextlib.suppress(OSError):  # the segments are whole either way, and say so themselves
-            self._file.update(ring=None, closed=True, metadata=self._metadata)
+            self._file.update(ring=None, closed=True, metadata=self._metadata.items)
+        self._file.release()
         lost = self.counters()["lost"]
         if lost:
             log.warning("moe_native: %s: lost %s", self.directory, json.dumps(lost))
@@ -379,6 +395,10 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_at_exit"):
+            self.close()
 
     def __repr__(self) -> str:
         if not self._core.here:
@@ -398,7 +418,8 @@ class Recorder:
         if not self.path.is_dir():
             return
         try:
-            moe_trace.recover(self.path)
+            for problem in moe_trace.recover(self.path).problems:
+                log.warning("moe_native: %s", problem)
         except Exception as error:
             log.warning("moe_native: a crashed run in %s could not be recovered: %s", self.path, error)
 

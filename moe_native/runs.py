@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-RUN_DTYPE = np.dtype([("request", "<u4"), ("position", "<u4"), ("count", "<u4"), ("cls", "<u2"), ("flags", "<u2")])
-UNKNOWN = 0xFFFFFFFF
+from moe_trace import format as fmt
 
-PHASES = {"unknown": 0, "prefill": 1, "decode": 2}
-MODALITIES = {"unknown": 0, "text": 1, "image": 2, "video": 3, "audio": 4}
+RUN_DTYPE = fmt.TABLES[fmt.RUNS]
+UNKNOWN = fmt.NOBODY  # a request or a position
+
+PHASES = {name: code for code, name in enumerate(fmt.PHASES)}
+MODALITIES = {name: code for code, name in enumerate(fmt.MODALITIES)}
+FLAGS = fmt.RUN_FLAGS
 
 
 def row_class(phase: str = "unknown", modality: str = "unknown", attributed: bool = False) -> int:

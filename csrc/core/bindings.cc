@@ -11,17 +11,22 @@ namespace {
 Binding table[kMaxBindings];
 std::mutex table_mutex;
 
+void lock_table() { table_mutex.lock(); }
+void unlock_table() { table_mutex.unlock(); }
+
 // A forked child has its parent's bindings but not the mapping of its parent's ring (MADV_DONTFORK): a call would crash
 // it.
 void disable_in_child() {
   for (Binding& b : table) b.recorder.store(nullptr, std::memory_order_relaxed);
+  table_mutex.unlock();
 }
 
-[[maybe_unused]] const int registered = ::pthread_atfork(nullptr, nullptr, disable_in_child);
+[[maybe_unused]] const int registered = ::pthread_atfork(lock_table, unlock_table, disable_in_child);
 
 }  // namespace
 
-int bind(StepRecorder& recorder, uint16_t layer, uint32_t experts, uint32_t row_bytes, bool enabled) noexcept {
+int bind(StepRecorder& recorder, uint16_t layer, uint32_t experts, uint32_t row_bytes, bool enabled,
+         bool every_step) noexcept {
   const std::lock_guard lock(table_mutex);
   for (int index = 0; index < kMaxBindings; ++index) {
     Binding& b = table[index];
@@ -29,6 +34,7 @@ int bind(StepRecorder& recorder, uint16_t layer, uint32_t experts, uint32_t row_
     b.layer = layer;
     b.experts = experts;
     b.enabled.store(enabled, std::memory_order_relaxed);
+    b.every_step = every_step;
     b.step = 0;
     b.seen = 0;
     b.row_bytes = row_bytes;

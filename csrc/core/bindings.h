@@ -14,6 +14,7 @@ struct Binding {
   uint16_t layer = 0;
   uint32_t experts = 0;  // number of legal ids, fused shared experts included
   std::atomic<bool> enabled{true};
+  bool every_step = true;  // a step without rows of this layer has lost them
 
   // Within the open step: rows that this router has seen. A model may call its router several times a step (chunks).
   uint64_t step = 0;
@@ -26,7 +27,8 @@ struct Binding {
 inline constexpr int kMaxBindings = 16384;
 
 // The lowest free index, or -1 when the table is full.
-int bind(StepRecorder& recorder, uint16_t layer, uint32_t experts, uint32_t row_bytes, bool enabled) noexcept;
+int bind(StepRecorder& recorder, uint16_t layer, uint32_t experts, uint32_t row_bytes, bool enabled,
+         bool every_step) noexcept;
 void unbind_all(const StepRecorder& recorder) noexcept;
 // nullptr for an index that was never given. The recorder in it may be null.
 Binding* binding(int64_t index) noexcept;

@@ -41,14 +41,14 @@ class LaneProducer {
     const uint64_t sequence = ++reserved_;
     Descriptor& d = memory_.descriptor(sequence);
     d.word.store(make_word(sequence, RecordState::kReserved), std::memory_order_relaxed);
+    // Keeps the word ahead of the bytes that follow, so that a descriptor never shows an older record's word over new
+    // bytes.
+    std::atomic_thread_fence(std::memory_order_release);
     d.offset = skip == 0 ? at : 0;
     d.bytes = bytes;
     arena_head_ += skip + need;
     memory_.header->reserved.store(sequence, std::memory_order_relaxed);
     memory_.header->arena_head.store(arena_head_, std::memory_order_relaxed);
-    // Keeps the word ahead of the bytes that follow, so that a descriptor never shows an older record's word over new
-    // bytes.
-    std::atomic_thread_fence(std::memory_order_release);
     return &d;
   }
 

@@ -44,9 +44,11 @@ MappedFile MappedFile::create(const std::string& path, size_t bytes) {
   lock.l_whence = SEEK_SET;
   if (::fcntl(file.fd_, F_SETLK, &lock) != 0) give_up(errno, "cannot lock");
   // Allocated now, so that a full disk is an error here and not a SIGBUS in the model's thread later.
-  if (const int error = ::posix_fallocate(file.fd_, 0, static_cast<off_t>(bytes)); error != 0) {
-    give_up(error, "no room for the ring in");
-  }
+  int error = 0;
+  do {
+    error = ::posix_fallocate(file.fd_, 0, static_cast<off_t>(bytes));
+  } while (error == EINTR);
+  if (error != 0) give_up(error, "no room for the ring in");
   void* mapped = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.fd_, 0);
   if (mapped == MAP_FAILED) give_up(errno, "cannot map");
   file.data_ = static_cast<std::byte*>(mapped);

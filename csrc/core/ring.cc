@@ -14,7 +14,9 @@ namespace moe_native {
 
 namespace {
 
-constexpr uint64_t kMinimumBytes = 64 << 10;
+constexpr uint64_t kMinimumBytes = 64 << 10;  // a lane
+// A block holds what the ring held at most, and FORMAT.md limits blocks to this.
+constexpr uint64_t kMaximumBytes = 1 << 30;
 constexpr const char* kSharedMemory = "/dev/shm";
 
 std::string ring_path(const std::string& directory) {
@@ -26,10 +28,10 @@ std::string ring_path(const std::string& directory) {
 }  // namespace
 
 Ring::Ring(const RingOptions& options) {
-  if (options.bytes < kMinimumBytes || options.bytes > (uint64_t{1} << 40)) {
-    throw std::invalid_argument("ring_bytes must be between 64 KiB and 1 TiB");
-  }
   if (options.lanes < 1 || options.lanes > 64) throw std::invalid_argument("lanes must be between 1 and 64");
+  if (options.bytes < kMinimumBytes * options.lanes || options.bytes > kMaximumBytes) {
+    throw std::invalid_argument("ring_bytes must be between 64 KiB a lane and 1 GiB");
+  }
   if (options.rank_directory.size() >= sizeof RingHeader::rank_directory) {
     throw std::invalid_argument("the trace's path is longer than 2047 bytes");
   }

@@ -48,17 +48,18 @@ StepRecorder::StepRecorder(const Ring& ring, Overflow overflow, uint32_t fields,
 
 StepRecorder::~StepRecorder() { unbind_all(*this); }
 
-int StepRecorder::bind(uint16_t layer, uint32_t experts, uint32_t k, bool enabled) {
+int StepRecorder::bind(uint16_t layer, uint32_t experts, uint32_t k, bool enabled, bool every_step) {
   uint32_t row_bytes = k * static_cast<uint32_t>(size_of(id_dtype_for(experts)));
   if ((fields_ & kFieldWeights) != 0) row_bytes += k * 4;
   if ((fields_ & kFieldLogits) != 0) row_bytes += experts * 4;
-  const int index = moe_native::bind(*this, layer, experts, row_bytes, enabled);
+  const int index = moe_native::bind(*this, layer, experts, row_bytes, enabled, every_step);
   if (index < 0) throw std::length_error("this process has no free router binding left");
   bindings_.push_back(binding(index));
   return index;
 }
 
 Begun StepRecorder::begin_step(std::span<const RowSpan> spans) noexcept {
+  if (closed_.load(std::memory_order_relaxed)) return Begun::kPaused;
   if (step_open()) return Begun::kNested;
   if (paused_) return Begun::kPaused;
   try {
@@ -105,9 +106,9 @@ bool StepRecorder::admit() noexcept {
   if (fits()) return true;
   if (overflow_ == Overflow::kDrop) return false;
   const int64_t start = monotonic_ns();
-  while (!fits()) sleep_ns(kRetryNs);
+  while (!fits() && !closed_.load(std::memory_order_relaxed)) sleep_ns(kRetryNs);
   ring_.add(kBlockedNs, static_cast<uint64_t>(monotonic_ns() - start));
-  return true;
+  return !closed_.load(std::memory_order_relaxed);
 }
 
 // The threads of a step take lanes in the order in which they come. The step's own record goes into lane 0 whoever ends
@@ -168,7 +169,11 @@ void StepRecorder::record(Binding& b, const LayerInput& in) noexcept {
   const uint64_t step = open_step_.load(std::memory_order_acquire);
   if (step == 0 || !b.enabled.load(std::memory_order_relaxed)) return;
   if (failed_.load(std::memory_order_relaxed) >= 0) return;
-  if (const char* problem = unusable(in)) return complain(b, problem);
+  if (const char* problem = unusable(in)) {
+    b.step = step;  // where further chunks of this layer would lie is not known any more
+    b.seen = std::numeric_limits<int64_t>::max() / 2;
+    return complain(b, problem);
+  }
 
   // Which of the step's rows does this tensor hold, and which of those are kept?
   const int64_t base = b.step == step ? b.seen : 0;
@@ -272,7 +277,8 @@ Descriptor* StepRecorder::reserve(LaneProducer& lane, uint64_t bytes) noexcept {
     sleep_ns(kRetryNs);
     d = lane.reserve(bytes);
     waited = monotonic_ns() - start;
-  } while (d == nullptr && (overflow_ == Overflow::kBlock || waited < kStallLimitNs));
+  } while (d == nullptr && (overflow_ == Overflow::kBlock || waited < kStallLimitNs) &&
+           !closed_.load(std::memory_order_relaxed));
   ring_.add(kBlockedNs, static_cast<uint64_t>(waited));
   return d;
 }
@@ -280,20 +286,27 @@ Descriptor* StepRecorder::reserve(LaneProducer& lane, uint64_t bytes) noexcept {
 void StepRecorder::fail(Loss cause) noexcept { failed_.store(static_cast<int>(cause), std::memory_order_relaxed); }
 
 bool StepRecorder::end_step(const StepTable& table) noexcept {
-  if (!step_open()) return false;
-  close_step(&table);
+  const uint64_t open = open_step_.exchange(0, std::memory_order_acq_rel);
+  if (open == 0) return false;
+  close_step(open - 1, &table);
   return failed_.load(std::memory_order_relaxed) < 0;
 }
 
 void StepRecorder::abort_step() noexcept {
-  if (!step_open()) return;
+  const uint64_t open = open_step_.exchange(0, std::memory_order_acq_rel);
+  if (open == 0) return;
   if (failed_.load(std::memory_order_relaxed) < 0) fail(Loss::kAborted);
-  close_step(nullptr);
+  close_step(open - 1, nullptr);
 }
 
-void StepRecorder::close_step(const StepTable* table) noexcept {
-  const uint64_t step = open_step_.load(std::memory_order_relaxed) - 1;
-  open_step_.store(0, std::memory_order_release);
+// May be called by another thread than the model's, which may be anywhere in a step: so it touches no lane.
+void StepRecorder::close() noexcept {
+  unbind_all(*this);
+  closed_.store(true, std::memory_order_relaxed);
+  if (open_step_.exchange(0, std::memory_order_acq_rel) != 0) lose_step(Loss::kAborted);
+}
+
+void StepRecorder::close_step(uint64_t step, const StepTable* table) noexcept {
   LaneProducer& lane = lanes_[0].producer;
   const bool whole = failed_.load(std::memory_order_relaxed) < 0;
   StepParts at;
@@ -328,8 +341,20 @@ void StepRecorder::close_step(const StepTable* table) noexcept {
   lane.commit(*d);
   if (whole) {
     ring_.add(kStepsCommitted, 1);
+    count_silent_layers(step + 1);
   } else {
     lose_step(static_cast<Loss>(failed_.load(std::memory_order_relaxed)));
+  }
+}
+
+// A router that was hooked and never called: a compiled graph without the op, say. The drain thread sees layers that
+// lack some rows of a step, but not those that lack all.
+void StepRecorder::count_silent_layers(uint64_t step) noexcept {
+  if (step_rows_ == 0) return;
+  for (const Binding* b : bindings_) {
+    if (b->every_step && b->step != step && b->enabled.load(std::memory_order_relaxed)) {
+      ring_.lose(Loss::kIncomplete, 0, 1, static_cast<uint64_t>(step_rows_));
+    }
   }
 }
 

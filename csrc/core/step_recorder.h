@@ -63,7 +63,8 @@ class StepRecorder {
   StepRecorder& operator=(const StepRecorder&) = delete;
 
   // Throws std::length_error when the process has no free binding.
-  int bind(uint16_t layer, uint32_t experts, uint32_t k, bool enabled);
+  // `every_step`: a step in which this layer has no rows has lost them, and is counted so.
+  int bind(uint16_t layer, uint32_t experts, uint32_t k, bool enabled, bool every_step = true);
 
   // `spans` ascend and do not overlap. With Overflow::kBlock this may wait.
   Begun begin_step(std::span<const RowSpan> spans) noexcept;
@@ -71,9 +72,13 @@ class StepRecorder {
   // False: nothing is open, or the step was lost (counted). The runs must cover the step's rows.
   bool end_step(const StepTable& table) noexcept;
   void abort_step() noexcept;
+  // For good. By any thread, at any time; an open step is lost and counted.
+  void close() noexcept;
 
   bool step_open() const noexcept { return open_step_.load(std::memory_order_relaxed) != 0; }
   int64_t step_rows() const noexcept { return step_rows_; }
+  // Of the open step, or of the one begun last; -1 before the first.
+  int64_t step_number() const noexcept { return static_cast<int64_t>(next_step_) - 1; }
   void pause(bool paused) noexcept { paused_ = paused; }
 
  private:
@@ -88,7 +93,8 @@ class StepRecorder {
   void copy_kept(const RowsView& view, int64_t base, int64_t kept_first, int64_t count, std::byte* out) const noexcept;
   Descriptor* reserve(LaneProducer& lane, uint64_t bytes) noexcept;
   void fail(Loss cause) noexcept;
-  void close_step(const StepTable* table) noexcept;
+  void close_step(uint64_t step, const StepTable* table) noexcept;
+  void count_silent_layers(uint64_t step) noexcept;
   void lose_step(Loss cause) noexcept;
 
   const Ring& ring_;
@@ -98,6 +104,7 @@ class StepRecorder {
   std::vector<Binding*> bindings_;
   uint32_t fields_;
   bool paused_ = false;
+  std::atomic<bool> closed_{false};
 
   // The open step. Everything below is written before open_step_ is stored (release) and read after it is loaded
   // (acquire).

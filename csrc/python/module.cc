@@ -46,8 +46,8 @@ class Handle {
     recording_ = std::make_unique<Recording>(options);
   }
 
-  int bind(uint16_t layer, uint32_t experts, uint32_t k, bool enabled) {
-    return get().steps().bind(layer, experts, k, enabled);
+  int bind(uint16_t layer, uint32_t experts, uint32_t k, bool enabled, bool every_step) {
+    return get().steps().bind(layer, experts, k, enabled, every_step);
   }
 
   // 0 admitted, 1 refused, 2 paused
@@ -129,6 +129,7 @@ class Handle {
   std::vector<std::string> take_messages() { return recording_->messages().take(); }
   uint64_t ring_id() const { return recording_->ring().id(); }
   std::string ring_path() const { return recording_->ring().path(); }
+  int64_t step_number() const { return usable() ? recording_->steps().step_number() : -1; }
   bool step_open() const { return usable() && recording_->steps().step_open(); }
 
   bool here() const { return recording_->here(); }
@@ -185,7 +186,8 @@ PYBIND11_MODULE(_C, m) {
            py::kw_only(), py::arg("trace"), py::arg("rank_directory"), py::arg("run_id"), py::arg("ring_directory"),
            py::arg("ring_bytes"), py::arg("lanes"), py::arg("block"), py::arg("fields"), py::arg("exact_weights"),
            py::arg("segment_bytes"), py::arg("max_bytes"), py::arg("flush_seconds"))
-      .def("bind", &Handle::bind, py::arg("layer"), py::arg("experts"), py::arg("k"), py::arg("enabled"))
+      .def("bind", &Handle::bind, py::arg("layer"), py::arg("experts"), py::arg("k"), py::arg("enabled"),
+           py::arg("every_step"))
       .def("begin_step", &Handle::begin_step, py::arg("rows"), py::arg("spans") = py::none())
       .def("end_step", &Handle::end_step, py::arg("runs"), py::arg("tokens"), py::arg("notes"), py::arg("note_count"))
       .def("abort_step", &Handle::abort_step)
@@ -199,6 +201,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("has_messages", &Handle::has_messages)
       .def_property_readonly("ring_id", &Handle::ring_id)
       .def_property_readonly("ring_path", &Handle::ring_path)
+      .def_property_readonly("step_number", &Handle::step_number)
       .def_property_readonly("step_open", &Handle::step_open);
   m.def("owner", [] {
     const Owner owner = Owner::self();

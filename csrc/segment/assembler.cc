@@ -26,6 +26,7 @@ bool Assembler::poll() {
     }
     // The other lanes' records of this step were committed before its step record, so they are there.
     poll_side_lanes(d->step);
+    if (!has_open_ || open_.number != d->step) start(d->step);  // before take(): an older step ends in front of it
     first.take();
     complete(*d, first.payload(*d));
   }
@@ -38,11 +39,12 @@ bool Assembler::poll_side_lanes(uint64_t last_step) {
   bool took = false;
   for (size_t i = 1; i < lanes_.size(); ++i) {
     while (const Descriptor* d = lanes_[i].peek()) {
-      if (LaneConsumer::committed(*d)) {
-        if (d->step > last_step) break;
+      const bool committed = LaneConsumer::committed(*d);
+      if (committed && d->step > last_step) break;
+      if (committed && d->step == last_step) {
         take_layer(lanes_[i], *d);
       } else {
-        lanes_[i].take();
+        lanes_[i].take();  // of an earlier step, which never got its own record
       }
       took = true;
     }
@@ -87,9 +89,9 @@ void Assembler::take_layer(LaneConsumer& lane, const Descriptor& d) {
 }
 
 void Assembler::complete(const Descriptor& d, const std::byte* payload) {
-  if (!has_open_ || open_.number != d.step) start(d.step);
   has_open_ = false;
-  if ((d.flags & kStepAborted) != 0) {
+  if (open_.lost && (d.flags & kStepAborted) == 0) ring_.lose(Loss::kIoError, 1, 0, d.rows);
+  if (open_.lost || (d.flags & kStepAborted) != 0) {
     // Counted by the producer. Only fragments that are in the file already have to be taken back.
     if (open_.fragments == 0) {
       open_ = StepData{};
@@ -152,16 +154,37 @@ std::vector<LaneConsumer::Position> Assembler::positions() const {
   return all;
 }
 
-void Assembler::give_up() {
+void Assembler::lose_open() noexcept {
+  open_.lost = true;
+  open_.pieces.clear();
+  open_.written.clear();
+  open_.bytes = 0;
+}
+
+void Assembler::give_up() noexcept {
+  for (const StepData& step : ready_) {
+    if (!step.aborted) ring_.lose(Loss::kIoError, 1, 0, step.rows);
+  }
   ready_.clear();
-  open_ = StepData{};
-  has_open_ = false;
-  release(positions());
+  lose_open();
+  for (size_t i = 0; i < lanes_.size(); ++i) {
+    released_[i] = lanes_[i].position();
+    lanes_[i].release(released_[i]);
+  }
 }
 
 void Assembler::release(const std::vector<LaneConsumer::Position>& end) {
   for (size_t i = 0; i < lanes_.size(); ++i) lanes_[i].release(end[i]);
   released_ = end;
+}
+
+void Assembler::end_open() {
+  if (!has_open_ || open_.fragments == 0) return;
+  has_open_ = false;
+  lose_open();
+  open_.aborted = true;
+  open_.end = positions();
+  ready_.push_back(std::exchange(open_, StepData{}));
 }
 
 uint64_t Assembler::held_bytes() const {

@@ -26,7 +26,9 @@ class Assembler {
 
   // Gives the records up to `end` back to the producers: they are in the segment file, or given up.
   void release(const std::vector<LaneConsumer::Position>& end);
-  void give_up();  // everything taken, the open step included
+  void lose_open() noexcept;  // a part of the open step could not be written
+  void give_up() noexcept;    // everything taken is lost, and counted; the open step when it ends
+  void end_open();            // nothing more will come: fragments of the open step are to be taken back
   const std::vector<LaneConsumer::Position>& released() const { return released_; }
   uint64_t held_bytes() const;  // of the fullest lane, taken and not released
   uint64_t held_records() const;

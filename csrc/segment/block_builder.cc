@@ -58,8 +58,10 @@ void BlockBuilder::build_rows(std::span<const StepData* const> steps, const Bloc
     header_.rows = static_cast<uint32_t>(rows);
     header_.first_step = steps.front()->number;
     header_.last_step = steps.back()->number;
-    header_.first_time_ns = steps.front()->time_ns;
-    header_.last_time_ns = steps.back()->time_ns;
+    // The clock may have been set back in between.
+    const auto [earliest, latest] = std::ranges::minmax_element(steps, {}, &StepData::time_ns);
+    header_.first_time_ns = (*earliest)->time_ns;
+    header_.last_time_ns = (*latest)->time_ns;
     header_.fragments = steps.front()->fragments;
   }
   // Layer by layer; within a layer the pieces stay in the order of the steps.

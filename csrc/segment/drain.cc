@@ -67,7 +67,8 @@ bool Drain::flush(double seconds) {
   if (stop_) return false;
   const uint64_t wanted = ++flush_wanted_;
   wake_.notify_one();
-  return done_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return flush_done_ >= wanted; });
+  const std::chrono::duration<double> limit(std::min(seconds, 1e9));  // more would overflow the clock
+  return done_.wait_for(lock, limit, [&] { return flush_done_ >= wanted; }) && flush_whole_;
 }
 
 void Drain::close() {
@@ -95,22 +96,26 @@ void Drain::run() {
     try {
       const bool was_empty = assembler_.ready().empty();
       assembler_.poll();
+      if (stop) assembler_.end_open();
       busy = assembler_.open_is_streamed() || assembler_.held_bytes() >= pressure_bytes() / 4;
       if (was_empty) oldest_ready_ = Clock::now();
       write_ready(all);
-      if (assembler_.open_is_streamed()) write_fragment();
+      write_fragment();
       if (all) write_bookkeeping();
       if (stop) close_segment();
     } catch (const std::exception& error) {  // out of memory: these steps are lost, the next ones may fit
-      ring_.lose(Loss::kIoError, assembler_.ready().size(), 0, 0);
       assembler_.give_up();
       batch_ = batch_bytes_ = 0;
-      messages_.post(std::string("steps were lost while packing them: ") + error.what());
+      try {
+        messages_.post(std::string("steps were lost while packing them: ") + error.what());
+      } catch (...) {
+      }
     }
     totals_.cpu_ns.store(thread_cpu_ns(), std::memory_order_relaxed);
     if (wanted > flush_done_) {
       const std::lock_guard lock(mutex_);
       flush_done_ = wanted;
+      flush_whole_ = !failing_;
       done_.notify_all();
     }
     if (stop) return;
@@ -146,28 +151,29 @@ void Drain::write_ready(bool all) {
     batch_ = batch_bytes_ = 0;
   }
   // Records of aborted steps alone can fill the ring as well.
-  if (assembler_.held_bytes() >= 2 * pressure_bytes() && !assembler_.open_is_streamed() &&
-      assembler_.open().bytes == 0) {
+  const bool full = assembler_.held_bytes() >= 2 * pressure_bytes() || assembler_.held_records() >= most_records;
+  if (full && assembler_.open().pieces.empty() && assembler_.open().fragments == 0) {
     write_block({}, assembler_.positions());
   }
 }
 
 void Drain::write_fragment() {
   StepData& open = assembler_.open();
-  const uint64_t threshold = std::min(kFragmentBytes, ring_.lane(0).arena_bytes / 4);
-  const bool many = assembler_.held_records() >= ring_.lane(0).descriptor_count / 4;
-  if (open.pieces.empty() || (open.bytes < threshold && !many)) return;
+  // A step that was admitted needs half of the ring at most; one that turned out larger is streamed like any other.
+  const uint64_t share = assembler_.open_is_streamed() ? 4 : 2;
+  const uint64_t threshold = std::min(kFragmentBytes, ring_.lane(0).arena_bytes / share);
+  const bool many = assembler_.held_records() >= ring_.lane(0).descriptor_count / share;
+  if (open.pieces.empty() || (assembler_.held_bytes() < threshold && !many)) return;
   const auto end = assembler_.positions();
   if (!ensure_segment()) {
-    // The step goes on without this part, and so is incomplete: drop_incomplete_layers() will find and count it.
-    open.pieces.clear();
-    open.bytes = 0;
+    assembler_.lose_open();
     assembler_.release(end);
     return;
   }
   builder_.build_fragment(open, extras_for(end));
   totals_.raw_bytes.fetch_add(open.bytes, std::memory_order_relaxed);
-  if (store(end)) ++open.fragments;
+  if (!store(end)) return assembler_.lose_open();
+  ++open.fragments;
   open.pieces.clear();
   open.bytes = 0;
 }
@@ -184,9 +190,16 @@ void Drain::write_bookkeeping() {
 
 bool Drain::write_block(std::span<const StepData* const> steps, const std::vector<LaneConsumer::Position>& end) {
   uint64_t rows = 0;
-  for (const StepData* step : steps) rows += step->rows;
+  uint64_t count = 0;
+  for (const StepData* step : steps) {
+    if (step->aborted) continue;  // counted when that happened
+    rows += step->rows;
+    ++count;
+  }
   if (!ensure_segment()) {
-    ring_.lose(Loss::kIoError, steps.size(), 0, rows);
+    // The steps are lost, but not what they say of requests: the next segment defines those again.
+    static_cast<void>(requests_.lines_for(steps));
+    ring_.lose(Loss::kIoError, count, 0, rows);
     assembler_.release(end);
     return false;
   }
@@ -194,7 +207,8 @@ bool Drain::write_block(std::span<const StepData* const> steps, const std::vecto
   extras.notes = requests_.lines_for(steps);
   builder_.build_rows(steps, extras);
   if (!store(end)) {
-    ring_.lose(Loss::kIoError, steps.size(), 0, rows);
+    requests_.new_segment();  // what this block defined is not in the file
+    ring_.lose(Loss::kIoError, count, 0, rows);
     return false;
   }
   requests_.written();
@@ -221,8 +235,8 @@ bool Drain::store(const std::vector<LaneConsumer::Position>& end) {
 }
 
 bool Drain::ensure_segment() {
-  if (segment_.is_open()) return true;
   if (failing_ && Clock::now() < retry_at_) return false;
+  if (segment_.is_open()) return true;
   if (options_.max_bytes > 0) {
     keep_within(options_.trace, options_.max_bytes - std::min(options_.max_bytes, options_.segment_bytes));
   }
@@ -247,7 +261,10 @@ void Drain::close_segment() {
   extras.number = next_block_;
   extras.losses = losses();
   const int error = segment_.close(builder_, extras);
-  if (error != 0) io_failed("cannot close a segment", error);
+  if (error != 0) {  // its blocks are there
+    messages_.post("a segment in " + options_.identity.directory +
+                   " could not be closed, and will be read as torn: " + std::generic_category().message(error));
+  }
 }
 
 void Drain::io_failed(const char* what, int error) {

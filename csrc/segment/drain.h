@@ -42,7 +42,8 @@ class Drain {
   Drain(const Ring& ring, DrainOptions options, Messages& messages);
   ~Drain();  // as close(), without a word about errors
 
-  // Everything committed before the call is in the file when it returns true; false after `seconds`.
+  // True: everything committed before the call is in the file. False: not within `seconds`, or the disk does not take
+  // it.
   bool flush(double seconds);
   void close();                         // writes what is there, closes the segment, ends the thread
   void set_metadata(std::string json);  // for the segments that begin from now on
@@ -91,6 +92,7 @@ class Drain {
   std::string metadata_ = "{}";
   uint64_t flush_wanted_ = 0;
   uint64_t flush_done_ = 0;
+  bool flush_whole_ = true;
   bool stop_ = false;
   std::thread thread_;
 };

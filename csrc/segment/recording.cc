@@ -37,8 +37,7 @@ bool Recording::here() const { return ::getpid() == pid_; }
 void Recording::close() {
   if (closed_ || !here()) return;
   closed_ = true;
-  unbind_all(*steps_);
-  steps_->abort_step();
+  steps_->close();
   drain_->close();
   ring_->unlink();
 }

@@ -10,17 +10,18 @@ namespace {
 
 enum NoteKind : uint32_t { kRequest = 1, kEnded = 2, kLine = 3 };
 
+// A disk that is gone for good must not fill the memory.
+constexpr size_t kMostFacts = 1 << 16;
+
 }  // namespace
 
 std::vector<std::string> RequestTable::lines_for(std::span<const StepData* const> steps) {
   std::vector<std::string> lines;
-  emitted_.clear();
-  ended_.clear();
+  std::vector<uint32_t> ended;
   const auto emit = [&](uint32_t key) {
     const auto found = requests_.find(key);
     if (found == requests_.end() || found->second.in_segment) return;
     found->second.in_segment = true;
-    emitted_.push_back(key);
     lines.push_back(found->second.line);
   };
   for (const StepData* step : steps) {
@@ -37,10 +38,10 @@ std::vector<std::string> RequestTable::lines_for(std::span<const StepData* const
           emit(head[1]);
           break;
         case kEnded:
-          ended_.push_back(head[1]);
+          ended.push_back(head[1]);
           break;
         case kLine:
-          lines.push_back(line);
+          if (facts_.size() < kMostFacts) facts_.push_back(line);
           break;
         default:
           break;
@@ -52,14 +53,12 @@ std::vector<std::string> RequestTable::lines_for(std::span<const StepData* const
       previous = run.request;
     }
   }
+  for (const uint32_t key : ended) requests_.erase(key);
+  lines.insert(lines.end(), facts_.begin(), facts_.end());
   return lines;
 }
 
-void RequestTable::written() {
-  for (const uint32_t key : ended_) requests_.erase(key);
-  emitted_.clear();
-  ended_.clear();
-}
+void RequestTable::written() { facts_.clear(); }
 
 void RequestTable::new_segment() {
   for (auto& [key, request] : requests_) request.in_segment = false;

@@ -16,8 +16,9 @@ namespace moe_native {
 class RequestTable {
  public:
   // The lines that a block of these steps carries: new facts, and the definition of each request that it names and that
-  // this segment does not have yet. Nothing is forgotten before written() says that the block is in the file.
+  // this segment does not have yet. Call it for steps that cannot be written too: what they say of requests holds.
   std::vector<std::string> lines_for(std::span<const StepData* const> steps);
+  // The block is in the file. Until then facts about earlier steps are said again.
   void written();
   // A new segment repeats the definitions it needs, so that it can be read alone.
   void new_segment();
@@ -28,8 +29,7 @@ class RequestTable {
     bool in_segment = false;
   };
   std::unordered_map<uint32_t, Request> requests_;
-  std::vector<uint32_t> emitted_;  // by the block that is being written
-  std::vector<uint32_t> ended_;
+  std::vector<std::string> facts_;
 };
 
 }  // namespace moe_native

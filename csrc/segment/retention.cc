@@ -47,18 +47,6 @@ void keep_within(const std::string& trace, uint64_t max_bytes) noexcept {
     for (const Segment& segment : closed) {
       if (total <= max_bytes) return;
       if (fs::remove(segment.path, ignored)) total -= segment.bytes;
-      // The rank's description goes with its last segment, unless its recorder lives on and has an open one.
-      const fs::path rank = segment.path.parent_path();
-      bool empty = true;
-      for (const auto& file : fs::directory_iterator(rank, ignored)) {
-        const auto extension = file.path().extension();
-        empty = empty && extension != ".moe" && extension != ".open" && extension != ".ring";
-      }
-      const bool closed_run = empty && segment.run != closed.back().run;
-      if (closed_run) {
-        fs::remove_all(rank, ignored);
-        fs::remove(rank.parent_path(), ignored);  // fails, as it should, while another rank is in it
-      }
     }
   } catch (...) {
   }

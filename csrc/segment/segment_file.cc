@@ -81,7 +81,9 @@ int SegmentFile::append(const BlockBuilder& block) {
   int error = write(bytes.data() + kHeader, bytes.size() - kHeader, end_ + kHeader);
   if (error == 0) error = write(bytes.data(), kHeader, end_);
   if (error != 0) {
-    abandon();
+    const bool full = error == ENOSPC || error == EDQUOT || error == EFBIG;
+    // What fitted is given back, and the next block is tried in the same place.
+    if (!full || ::ftruncate(fd_, static_cast<off_t>(end_)) != 0) abandon();
     return error;
   }
   index_.push_back({end_, block.header()});

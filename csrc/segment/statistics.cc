@@ -49,8 +49,7 @@ void Statistics::add(uint16_t layer, uint32_t k, DType ids_dtype, const std::byt
     const uint64_t from = std::max(first_row, span->first_row);
     const uint64_t to = std::min(end, span->first_row + span->rows);
     if (from >= to) continue;
-    Group& group = groups_[{layer, span->row_class}];
-    group.k = static_cast<uint16_t>(k);
+    Group& group = groups_[{layer, span->row_class, static_cast<uint16_t>(k)}];
     group.rows += to - from;
     const size_t skip = (from - first_row) * k;
     const size_t n = (to - from) * k;
@@ -66,7 +65,6 @@ void Statistics::add(uint16_t layer, uint32_t k, DType ids_dtype, const std::byt
 void Statistics::merge(const Statistics& other) {
   for (const auto& [key, from] : other.groups_) {
     Group& to = groups_[key];
-    to.k = from.k;
     to.rows += from.rows;
     to.invalid += from.invalid;
     if (to.counts.size() < from.counts.size()) {
@@ -90,7 +88,7 @@ Table Statistics::groups_table() const {
   rows.reserve(groups_.size());
   for (const auto& [key, group] : groups_) {
     const auto items = std::ranges::count_if(group.counts, [](uint64_t n) { return n != 0; });
-    rows.push_back({key.first, key.second, group.k, static_cast<uint32_t>(items), group.rows, group.invalid});
+    rows.push_back({key.layer, key.row_class, key.k, static_cast<uint32_t>(items), group.rows, group.invalid});
   }
   Table table(rows.size());
   table.column([&](size_t i) { return rows[i].layer; })

@@ -1,10 +1,10 @@
 // What a summary needs, kept by layer and class: rows, assignments per expert, sums of weights. Merges by addition.
 #pragma once
 
+#include <compare>
 #include <cstdint>
 #include <map>
 #include <span>
-#include <utility>
 #include <vector>
 
 #include "core/dtype.h"
@@ -36,8 +36,11 @@ class Statistics {
   Table counts_table() const;
 
  private:
+  struct Key {
+    uint16_t layer, row_class, k;
+    auto operator<=>(const Key&) const = default;
+  };
   struct Group {
-    uint16_t k = 0;
     uint64_t rows = 0;
     uint64_t invalid = 0;
     std::vector<uint64_t> counts;
@@ -46,7 +49,7 @@ class Statistics {
   template <typename Id>
   static void count(Group& group, const Id* ids, const float* weights, size_t n);
 
-  std::map<std::pair<uint16_t, uint16_t>, Group> groups_;  // by layer and class
+  std::map<Key, Group> groups_;
 };
 
 }  // namespace moe_native

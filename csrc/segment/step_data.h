@@ -57,7 +57,8 @@ struct StepData {
   std::vector<WrittenPiece> written;
   uint32_t fragments = 0;
   bool aborted = false;
-  uint64_t bytes = 0;                       // held in the ring
+  bool lost = false;   // a part could not be written: the step is given up, and counted when it ends
+  uint64_t bytes = 0;  // held in the ring
   std::vector<LaneConsumer::Position> end;  // of each lane, behind this step
 };
 

@@ -26,13 +26,16 @@ class Argument {
     if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
   }
 
-  // Without data where the tensor is absent or something about it is unknown: the recorder then says what is wrong with
-  // it.
+  // Without data where the tensor is absent. Without a dtype where it is there and cannot be read as rows: the recorder
+  // then says so.
   RowsView view() const noexcept {
     RowsView v;
+    if (handle_ == nullptr) return v;
+    static constexpr std::byte kSomething{};
+    v.data = &kSomething;
     int64_t dim = 0;
     int32_t dtype = 0;
-    if (handle_ == nullptr || aoti_torch_get_dim(handle_, &dim) != AOTI_TORCH_SUCCESS || dim != 2) return v;
+    if (aoti_torch_get_dim(handle_, &dim) != AOTI_TORCH_SUCCESS || dim != 2) return v;
     int64_t* sizes = nullptr;
     int64_t* strides = nullptr;
     void* data = nullptr;
@@ -50,7 +53,6 @@ class Argument {
     v.data = static_cast<const std::byte*>(data);
     return v;
   }
-  bool given() const noexcept { return handle_ != nullptr; }
 
  private:
   static DType dtype_of(int32_t torch_dtype) noexcept {

@@ -21,11 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_native.recorder import Recorder
-from moe_native.runs import MODALITIES, RUN_DTYPE, UNKNOWN, row_class
+from moe_native.runs import FLAGS, MODALITIES, RUN_DTYPE, UNKNOWN, row_class
 
 PREFILL, DECODE = row_class("prefill", "text", True), row_class("decode", "text", True)
 _PHASE_BITS = 3
-RECOMPUTED = 1  # flag of a run (csrc/FORMAT.md)
 
 # InputProcessor.assign_request_id: the id the user knows, a dash, and 8 hexadecimal digits.
 _SUFFIX = re.compile(r"-[0-9a-f]{8}$")
@@ -75,7 +74,10 @@ class Steps:
         for data in scheduler_output.scheduled_new_reqs:
             self._learn(data)
         rows = scheduler_output.total_num_scheduled_tokens
-        return rows > 0 and self._recorder.begin_step(rows)
+        opened = rows > 0 and self._recorder.begin_step(rows)
+        if rows > 0 and not opened:
+            self._drafts.clear()  # what this step accepts of them will not be seen
+        return opened
 
     def end(self, scheduler_output: Any) -> bool:
         """Commit the step. True; a step that the recorder could not keep is counted there."""
@@ -91,11 +93,13 @@ class Steps:
             drafts = getattr(scheduler_output, "scheduled_spec_decode_tokens", None)
             if drafts or self._drafts:
                 self._judge_drafts(requests, first.tolist(), ends.tolist(), counts.tolist(), drafts or {})
-        self._recorder.end_step(runs, tokens=tokens)
+        if not self._recorder.end_step(runs, tokens=tokens):
+            self._drafts.clear()
         return True
 
     def abort(self) -> None:
         """The forward pass, or `end`, raised."""
+        self._drafts.clear()
         self._recorder.abort_step()
 
     # The runner's batch.
@@ -160,7 +164,7 @@ class Steps:
             for start, stop in itertools.pairwise(points):
                 modality = next((name for low, high, name in media if low <= start < high), "text")
                 phase = "unknown" if prompt < 0 else "prefill" if start < prompt else "decode"
-                flags = RECOMPUTED if lowest <= start < executed else 0
+                flags = FLAGS["recomputed"] if lowest <= start < executed else 0
                 out.append((request, start, stop - start, row_class(phase, modality, True), flags))
         return np.array(out, RUN_DTYPE)
 
@@ -174,7 +178,7 @@ class Steps:
     ) -> None:
         """Draft tokens that a step before executed and that were not accepted: a request goes on at the first position
         that was not. Its last step's are never known, and neither are those before a preemption."""
-        step = self._recorder.counters()["steps_begun"] - 1 if drafts else 0
+        step = self._recorder.step_number
         for request, start, end, count in zip(requests, first, ends, counts, strict=True):
             earlier = self._drafts.pop(request, None)
             if earlier is not None:

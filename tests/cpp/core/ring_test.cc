@@ -81,5 +81,13 @@ TEST(Ring, RefusesUnusableSizes) {
   EXPECT_THROW(Ring({directory / "missing", directory.path(), 1 << 20, 1}), std::system_error);
 }
 
+TEST(Ring, EveryLaneGetsAUsableArena) {
+  const TemporaryDirectory directory;
+  EXPECT_THROW(Ring({directory.path(), directory.path(), 1 << 20, 64}), std::invalid_argument);
+  EXPECT_THROW(Ring({directory.path(), directory.path(), uint64_t{2} << 30, 1}), std::invalid_argument);
+  const Ring ring({directory.path(), directory.path(), 4 << 20, 64});
+  EXPECT_GE(ring.lane(63).arena_bytes, 32u << 10);
+}
+
 }  // namespace
 }  // namespace moe_native

@@ -294,5 +294,54 @@ TEST_F(Blocking, NothingIsLostAndTheWaitIsCounted) {
   EXPECT_GT(count(kBlockedNs), 0u);
 }
 
+TEST_F(StepRecorderTest, ALayerWithoutARowIsCounted) {
+  auto layers = test::bind_layers(recorder, 2, 60, 4);
+  layers.push_back(binding(recorder.bind(2, 60, 4, true, false)));  // one that a step may leave out
+  const auto silent = [&] { return t.ring.losses(Loss::kIncomplete); };
+  ASSERT_TRUE(test::record_step(recorder, layers, Routed(3, 4, 60), {run(0, 0, 3)}));
+  EXPECT_EQ(silent().layers, 0u);
+  ASSERT_TRUE(test::record_step(recorder, {layers[0]}, Routed(3, 4, 60), {run(0, 3, 3)}));
+  EXPECT_EQ(silent().layers, 1u);
+  EXPECT_EQ(silent().rows, 3u);
+  EXPECT_EQ(silent().steps, 0u);
+  ASSERT_TRUE(test::record_step(recorder, {}, Routed(0, 4, 60), {}));
+  EXPECT_EQ(silent().layers, 1u) << "a step without rows has none to lose";
+  expect_adds_up();
+}
+
+TEST_F(StepRecorderTest, RowsBehindAnUnusableChunkAreNotTakenForItsRows) {
+  const auto layers = test::bind_layers(recorder, 1, 60, 4);
+  const Routed routed(10, 4, 60);
+  LayerInput unusable = routed.input();
+  unusable.weights.dtype = DType::kNone;
+  const RowSpan span{0, 20};
+  recorder.begin_step({&span, 1});
+  recorder.record(*layers[0], routed.input());
+  recorder.record(*layers[0], unusable);
+  recorder.record(*layers[0], routed.input());
+  const std::vector<moe_native::Run> runs = {run(0, 0, 20)};
+  StepTable table;
+  table.runs = runs;
+  recorder.end_step(table);
+  ASSERT_EQ(next()->first_row, 0u);
+  EXPECT_EQ(next()->kind, RecordKind::kStep);
+  EXPECT_EQ(t.ring.losses(Loss::kBadInput).layers, 1u);
+  EXPECT_EQ(t.ring.losses(Loss::kIncomplete).layers, 0u) << "counted once";
+}
+
+TEST_F(StepRecorderTest, AClosedRecorderTakesNothing) {
+  const auto layers = test::bind_layers(recorder, 1, 60, 4);
+  const Routed routed(3, 4, 60);
+  const RowSpan span{0, 3};
+  recorder.begin_step({&span, 1});
+  recorder.record(*layers[0], routed.input());
+  recorder.close();
+  EXPECT_EQ(t.ring.losses(Loss::kAborted).steps, 1u);
+  EXPECT_FALSE(recorder.end_step({}));
+  recorder.abort_step();
+  EXPECT_EQ(recorder.begin_step({&span, 1}), Begun::kPaused);
+  expect_adds_up();
+}
+
 }  // namespace
 }  // namespace moe_native

@@ -107,5 +107,47 @@ TEST_F(TwoLaneAssembler, LanesAreJoinedByStep) {
   EXPECT_EQ(assembler.ready()[1].end[1].sequence, 2u);
 }
 
+TEST_F(TwoLaneAssembler, LeftoversOfAStepWithoutARecordDoNotHarmTheNext) {
+  const auto layers = test::bind_layers(recorder, 2, 60, 4);
+  const Routed routed(3, 4, 60);
+  const std::vector<moe_native::Run> runs = {run(0, 0, 3)};
+  const std::string too_much(t.ring.lane(0).arena_bytes, ' ');
+  for (const bool kept : {false, true}) {
+    const RowSpan span{0, 3};
+    ASSERT_EQ(recorder.begin_step({&span, 1}), Begun::kAdmitted);
+    recorder.record(*layers[0], routed.input());
+    std::thread([&] { recorder.record(*layers[1], routed.input()); }).join();
+    StepTable table;
+    table.runs = runs;
+    if (!kept) table.notes = {reinterpret_cast<const std::byte*>(too_much.data()), too_much.size()};
+    ASSERT_EQ(recorder.end_step(table), kept);
+  }
+  assembler.poll();
+  ASSERT_EQ(assembler.ready().size(), 1u);
+  EXPECT_EQ(assembler.ready()[0].pieces.size(), 2u);
+  EXPECT_EQ(t.ring.losses(Loss::kIncomplete).layers, 0u);
+}
+
+TEST_F(AssemblerTest, GivingUpLosesTheOpenStepToo) {
+  const auto layers = test::bind_layers(recorder, 2, 60, 4);
+  const Routed routed(2, 4, 60);
+  test::record_step(recorder, layers, routed, {run(0, 0, 2)});
+  const RowSpan span{0, 2};
+  recorder.begin_step({&span, 1});
+  recorder.record(*layers[0], routed.input());
+  assembler.poll();
+  assembler.give_up();
+  EXPECT_EQ(t.ring.losses(Loss::kIoError).steps, 1u);
+  EXPECT_EQ(t.ring.losses(Loss::kIoError).rows, 2u);
+  recorder.record(*layers[1], routed.input());
+  const std::vector<moe_native::Run> runs = {run(0, 0, 2)};
+  StepTable table;
+  table.runs = runs;
+  recorder.end_step(table);
+  assembler.poll();
+  EXPECT_TRUE(assembler.ready().empty());
+  EXPECT_EQ(t.ring.losses(Loss::kIoError).steps, 2u);
+}
+
 }  // namespace
 }  // namespace moe_native

@@ -39,18 +39,15 @@ TEST_F(RequestTableTest, ALaterDefinitionReplaces) {
   EXPECT_EQ(lines("", {test::run(4, 0, 1)}), Lines{"FOUR"});
 }
 
-TEST_F(RequestTableTest, EndedRequestsAreForgottenOnlyWhenWritten) {
-  lines(test::note(1, 4, "four") + test::note(2, 4, ""), {test::run(4, 0, 1)});
-  table.new_segment();  // the block was not written
-  EXPECT_EQ(lines("", {test::run(4, 0, 1)}), Lines{"four"});
-  lines(test::note(2, 4, ""), {});
-  table.written();
+TEST_F(RequestTableTest, EndedRequestsAreForgottenBehindTheirBlock) {
+  EXPECT_EQ(lines(test::note(1, 4, "four") + test::note(2, 4, ""), {test::run(4, 0, 1)}), Lines{"four"});
   table.new_segment();
   EXPECT_EQ(lines("", {test::run(4, 0, 1)}), Lines{});
 }
 
-TEST_F(RequestTableTest, OtherLinesPassThrough) {
+TEST_F(RequestTableTest, OtherLinesAreSaidUntilTheyAreWritten) {
   EXPECT_EQ(lines(test::note(3, 0, "amend"), {}), Lines{"amend"});
+  EXPECT_EQ(lines("", {}), Lines{"amend"});
   table.written();
   EXPECT_EQ(lines("", {}), Lines{});
 }

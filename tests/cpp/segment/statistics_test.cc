@@ -80,5 +80,19 @@ TEST(Statistics, PartsAreTheWholeInAnyOrder) {
   EXPECT_EQ(tail.counts_table().bytes(), whole.counts_table().bytes());
 }
 
+TEST(Statistics, OtherWidthsAreOtherGroups) {
+  const std::vector<uint8_t> ids = {0, 1, 2, 3, 4, 5};
+  const std::vector<ClassSpan> spans = {{0, 3, 1}};
+  Statistics s;
+  s.add(0, 2, DType::kU8, reinterpret_cast<const std::byte*>(ids.data()), nullptr, 0, 3, spans);
+  s.add(0, 1, DType::kU8, reinterpret_cast<const std::byte*>(ids.data()), nullptr, 0, 3, spans);
+  const Table groups = s.groups_table();
+  ASSERT_EQ(groups.items(), 2u);
+  for (size_t i = 0; i < 2; ++i) {
+    EXPECT_EQ(cell(groups, i, 4, 2), i + 1);
+    EXPECT_EQ(cell(groups, i, 10, 8), 3u);
+  }
+}
+
 }  // namespace
 }  // namespace moe_native

@@ -27,12 +27,23 @@ def test_a_request_is_noted_once_and_again_when_more_is_known():
     assert notes.request("a", {"prompt_len": 5}) == 0
     assert notes.request("b", {}) == 1
     assert notes.request("a", {}) == 0
-    assert notes.request("a", {"prompt_len": 6}) == 0
-    assert unpacked(notes.next()) == [
+    first = unpacked(notes.next())
+    assert first == [
         (1, 0, {"type": "request", "index": 0, "id": "a", "prompt_len": 5}),
         (1, 1, {"type": "request", "index": 1, "id": "b"}),
-        (1, 0, {"type": "request", "index": 0, "id": "a", "prompt_len": 6}),
     ]
+    notes.delivered(2)
+    assert notes.request("a", {"prompt_len": 5}) == 0 and not notes.next()
+    assert notes.request("a", {"internal": "a-1"}) == 0
+    assert unpacked(notes.next()) == [
+        (1, 0, {"type": "request", "index": 0, "id": "a", "prompt_len": 5, "internal": "a-1"}),
+    ]
+
+
+def test_what_describes_a_request_does_not_replace_its_name():
+    notes = Notes(limit=1 << 20)
+    notes.request("a", {"type": "chat", "index": 7, "id": "b"})
+    assert unpacked(notes.next()) == [(1, 0, {"type": "request", "index": 0, "id": "a"})]
 
 
 def test_undelivered_notes_wait():
@@ -45,27 +56,54 @@ def test_undelivered_notes_wait():
     assert [line["id"] for _, _, line in unpacked(notes.next())] == ["b"]
 
 
-def test_a_step_carries_what_fits_and_at_least_one():
+def test_a_step_carries_what_fits():
     notes = Notes(limit=200)
     for i in range(10):
         notes.request(f"request-{i}", {})
-    notes.request("x" * 1000, {})
     seen = []
     while batch := notes.next():
-        assert sum(map(len, batch)) <= 200 or len(batch) == 1
+        assert sum(map(len, batch)) <= 200
         seen += [line["id"] for _, _, line in unpacked(batch)]
         notes.delivered(len(batch))
-    assert seen == [f"request-{i}" for i in range(10)] + ["x" * 1000]
+    assert seen == [f"request-{i}" for i in range(10)]
+
+
+def test_what_no_step_can_carry_is_cut():
+    """A note that does not fit would keep every later step out of the ring."""
+    notes = Notes(limit=1000)
+    notes.request("a", {"prompt": "x" * 1000})
+    notes.request("y" * 1000, {})
+    assert unpacked(notes.next()) == [
+        (1, 0, {"type": "request", "index": 0, "id": "a"}),
+        (1, 1, {"type": "request", "index": 1, "id": "y" * 125}),
+    ]
 
 
 def test_an_ended_request_gets_a_new_index():
     notes = Notes(limit=1 << 20)
     notes.request("a", {})
+    notes.delivered(len(notes.next()))
     notes.finish("a")
     notes.finish("never heard of")
-    assert notes.known("a") is None
     assert notes.request("a", {}) == 1
-    assert [kind for kind, _, _ in unpacked(notes.next())] == [1, 2, 1]
+    assert [(kind, key) for kind, key, _ in unpacked(notes.next())] == [(2, 0), (1, 1)]
+
+
+def test_requests_that_come_and_go_while_nothing_is_recorded_leave_nothing():
+    notes = Notes(limit=1 << 20)
+    for i in range(1000):
+        notes.request(f"{i}", {})
+        notes.finish(f"{i}")
+    assert not notes.next() and len(notes) == 0
+
+
+def test_a_definition_that_still_waits_when_steps_go_on_is_kept():
+    notes = Notes(limit=80)
+    notes.request("a", {})
+    notes.request("b", {})
+    notes.delivered(len(notes.next()))  # "b" did not fit
+    notes.finish("b")
+    assert [(kind, key) for kind, key, _ in unpacked(notes.next())] == [(1, 1), (2, 1)]
 
 
 def test_the_oldest_is_forgotten_when_nobody_finishes_any(monkeypatch):
@@ -73,13 +111,17 @@ def test_the_oldest_is_forgotten_when_nobody_finishes_any(monkeypatch):
     notes = Notes(limit=1 << 20)
     for name in "abcd":
         notes.request(name, {})
-    assert len(notes) == 3 and notes.known("a") is None
-    assert notes.request("a", {}) == 4
+    assert len(notes) == 3
+    assert notes.request("d", {}) == 3 and notes.request("a", {}) == 4
 
 
 def test_amendments():
     notes = Notes(limit=1 << 20)
+    assert not notes.amendments_wait
     notes.amend(7, 2, 3, ["rejected"])
+    assert notes.amendments_wait
+    with pytest.raises(ValueError, match="unknown flag 'wrong'"):
+        notes.amend(7, 2, 3, ["wrong"])
     assert unpacked(notes.next()) == [
         (3, 0, {"type": "amend", "step": 7, "row": 2, "count": 3, "set": ["rejected"]}),
     ]
@@ -87,6 +129,6 @@ def test_amendments():
 
 @pytest.mark.parametrize("name", ["", "täst", 'quote"\n', "x" * 10_000])
 def test_any_name_survives(name):
-    notes = Notes(limit=64)
+    notes = Notes(limit=1 << 20)
     notes.request(name, {})
     assert unpacked(notes.next())[0][2]["id"] == name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import stat
 
 import pytest
 
-from moe_native.rank_directory import RankFile, make_rank_directory
+from moe_native.rank_directory import RankFile, make_rank_directory, sweep_emptied_ranks
 
 
 def test_names_and_modes(tmp_path):
@@ -56,3 +57,65 @@ def test_a_failure_leaves_the_old_file(tmp_path):
         file.update(metadata={"bad": object()})
     assert json.loads(file.path.read_text())["closed"] is False
     assert [p.name for p in tmp_path.iterdir()] == ["rank.json"]
+
+
+def locked(directory):
+    """What another process finds: does somebody hold the directory's lock?"""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def test_the_rank_is_locked_while_its_owner_lives(tmp_path):
+    file = RankFile(tmp_path, {})
+    assert locked(tmp_path)
+    file.release()
+    assert not locked(tmp_path)
+    file.release()
+    another = RankFile(tmp_path, {})
+    assert locked(tmp_path)
+    del another
+    assert not locked(tmp_path)
+
+
+def test_a_forked_child_does_not_hold_the_lock(tmp_path):
+    file = RankFile(tmp_path, {})
+    told, tell = os.pipe()
+    go, start = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(start)
+        os.write(tell, b"x")
+        os.read(go, 1)  # lives on until the parent has looked
+        os._exit(0)
+    os.read(told, 1)
+    assert locked(tmp_path)
+    file.release()
+    held = locked(tmp_path)
+    os.close(start)
+    os.waitpid(child, 0)
+    for handle in (told, tell, go):
+        os.close(handle)
+    assert not held
+
+
+def test_only_closed_ranks_without_data_are_swept(tmp_path):
+    def rank(name, closed, *files):
+        directory = make_rank_directory(tmp_path, name, run=f"run-{name}")
+        RankFile(directory, {}).update(closed=closed)
+        for file in files:
+            (directory / file).touch()
+        return directory
+
+    emptied = rank("emptied", True)
+    stay = [rank("whole", True, "000003.moe"), rank("crashed", False), rank("ring", True, "x.ring")]
+    broken = rank("broken", True)
+    (broken / "rank.json").write_text("[")
+    sweep_emptied_ranks(tmp_path)
+    assert not emptied.parent.exists()
+    assert all(directory.exists() for directory in [*stay, broken])

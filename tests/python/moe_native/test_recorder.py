@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -385,3 +386,92 @@ def test_row_class_reaches_the_statistics(tmp_path):
     image = np.bincount(program.all_ids(0)[:4].ravel(), minlength=EXPERTS)
     assert np.array_equal(trace.layer(0).modality("image").counts(), image)
     assert trace.requests["a"].prompt_len == 4
+
+
+def test_a_bound_layer_that_is_never_called_is_a_loss(tmp_path):
+    with moe_native.Recorder(tmp_path / "t") as recorder:
+        program = Program(recorder)
+        recorder.bind(LAYERS, experts=EXPERTS, top_k=K, name="silent")
+        recorder.bind(LAYERS + 1, experts=EXPERTS, top_k=K, name="now and then", every_step=False)
+        with recorder.step(rows=4):
+            program.forward(4)
+        assert recorder.counters()["lost"] == {"incomplete": {"steps": 0, "layers": 1, "rows": 4}}
+    trace = moe_trace.open(tmp_path / "t")
+    assert not trace.complete and trace.rows == 4
+    ledger = {line["layer"]: line.get("every_step", True) for line in trace.metadata["layers"]}
+    assert ledger == {0: True, 1: True, 2: True, 3: True, 4: False}
+
+
+def test_a_disk_error_does_not_reach_the_model(tmp_path, monkeypatch, caplog):
+    with moe_native.Recorder(tmp_path / "t") as recorder:
+        program = Program(recorder)
+
+        def full(**items):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(recorder._file, "update", full)
+            with recorder.step(rows=4):
+                program.forward(4)
+        assert "No space left" in caplog.text
+    assert len(moe_trace.open(tmp_path / "t").metadata["layers"]) == LAYERS
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    with moe_native.Recorder(tmp_path / "t") as recorder:
+        recorder.bind(np.int64(3), experts=np.int32(EXPERTS), top_k=np.int64(K))
+        recorder.miss(np.int64(4), name="fused", detail="it routes by itself")
+        with pytest.raises(TypeError):
+            recorder.bind(1.5, experts=EXPERTS, top_k=K)
+    assert [line["layer"] for line in moe_trace.open(tmp_path / "t").metadata["layers"]] == [3, 4]
+
+
+@pytest.mark.parametrize("item", [object(), float("nan")])
+def test_metadata_that_is_no_json_changes_nothing(tmp_path, item):
+    with moe_native.Recorder(tmp_path / "t", metadata={"model": "m"}) as recorder:
+        with pytest.raises((TypeError, ValueError)):
+            recorder.update_metadata(x=item)
+        recorder.update_metadata(seed=3)
+    metadata = moe_trace.open(tmp_path / "t").metadata
+    assert metadata["model"] == "m" and metadata["seed"] == 3 and "x" not in metadata
+
+
+def test_a_late_amendment_is_kept(tmp_path):
+    with moe_native.Recorder(tmp_path / "t") as recorder:
+        assert recorder.step_number == -1
+        program = Program(recorder)
+        with recorder.step(requests=["a"], positions=[range(4)]):
+            program.forward(4)
+        recorder.amend(recorder.step_number, 1, 2, ["rejected"])
+    trace = moe_trace.open(tmp_path / "t")
+    assert trace.layer(0).flags.tolist() == [0, 2, 2, 0] and trace.complete
+
+
+def test_the_length_of_a_prompt_may_come_late(tmp_path):
+    with moe_native.Recorder(tmp_path / "t") as recorder:
+        program = Program(recorder)
+        for prompts in ({}, {"a": 4}):
+            with recorder.step(requests=["a"], positions=[range(4)], prompt_lens=prompts):
+                program.forward(4)
+    assert moe_trace.open(tmp_path / "t").requests["a"].info["prompt_len"] == 4
+
+
+def test_a_recorder_that_is_dropped_closes_its_trace(tmp_path):
+    recorder = moe_native.Recorder(tmp_path / "t")
+    program = Program(recorder)
+    with recorder.step(rows=2):
+        program.forward(2)
+    del program, recorder
+    gc.collect()
+    trace = moe_trace.open(tmp_path / "t")
+    assert [rank.state for rank in trace.ranks] == ["closed"] and trace.rows == 2
+
+
+def test_logits_that_are_not_rows_are_told(tmp_path):
+    with moe_native.Recorder(tmp_path / "t", fields=["ids", "weights", "logits"]) as recorder:
+        binding = recorder.bind(0, experts=EXPERTS, top_k=K)
+        logits = torch.randn(1, 4, EXPERTS)
+        weights, ids = logits[0].softmax(-1).topk(K)
+        with recorder.step(rows=4):
+            recorder.record(binding, ids, weights, logits)
+        assert recorder.counters()["lost"] == {"bad_input": {"steps": 0, "layers": 1, "rows": 4}}

@@ -30,8 +30,9 @@ class FakeRecorder:
         self.begun = 0
         self.amended: list[tuple[int, int, int, list[str]]] = []
 
-    def counters(self) -> dict[str, Any]:
-        return {"steps_begun": self.begun}
+    @property
+    def step_number(self) -> int:
+        return self.begun - 1
 
     def amend(self, step: int, row: int, count: int, flags: list[str]) -> None:
         self.amended.append((step, row, count, flags))
@@ -183,6 +184,16 @@ def test_rejected_drafts_are_amended_when_the_request_goes_on(engine: Engine) ->
     engine.step({A: (9, 3)}, drafts={A: 2})
     engine.step({B: (4, 1)}, finished=(A,))
     assert len(engine.recorder.amended) == 1 and not engine.steps._drafts
+
+
+def test_drafts_are_not_judged_by_a_step_that_was_not_seen(engine: Engine) -> None:
+    engine.step({A: (0, 4)}, new={A: 4})
+    engine.step({A: (4, 4)}, drafts={A: 3})
+    engine.recorder.admit = False
+    engine.step({A: (5, 2)})  # all of them were rejected, but this step is refused
+    engine.recorder.admit = True
+    engine.step({A: (7, 1)})  # which looks as if two had been accepted
+    assert engine.recorder.amended == []
 
 
 def test_image_positions_of_a_prompt_have_their_modality(engine: Engine) -> None:
