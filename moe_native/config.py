@@ -119,11 +119,13 @@ def _layers(value: Any) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-def _bytes(least: int) -> Callable[[Any], int]:
+def _bytes(least: int, most: int = 1 << 63) -> Callable[[Any], int]:
     def parse(value: Any) -> int:
         size = value if isinstance(value, int) and not isinstance(value, bool) else settings.parse_bytes(str(value))
         if size < least:
             raise ValueError(f"at least {least >> 20} MiB is needed")
+        if size > most:
+            raise ValueError(f"at most {most >> 20} MiB is possible")
         return size
 
     return parse
@@ -154,7 +156,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "fields": _fields,
     "layers": _layers,
     "max_bytes": _bytes(1 << 20),
-    "ring_bytes": _bytes(1 << 20),
+    "ring_bytes": _bytes(1 << 20, 1 << 30),
     "ring_dir": _path,
     "overflow": _choice("drop", "block"),
     "weights_dtype": _choice("float16", "exact"),

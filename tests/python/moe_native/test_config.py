@@ -67,6 +67,7 @@ def test_additional_config_can_switch_off(off: Any) -> None:
         ("MOE_NATIVE_LAYERS", ",", "unset"),
         ("MOE_NATIVE_MAX_BYTES", "lots", "MiB"),
         ("MOE_NATIVE_MAX_BYTES", "1000", "at least 1 MiB"),
+        ("MOE_NATIVE_RING_BYTES", "2GiB", "at most 1024 MiB"),
         ("MOE_NATIVE_OVERFLOW", "wait", "drop or block"),
         ("MOE_NATIVE_WEIGHTS_DTYPE", "float8", "float16 or exact"),
         ("MOE_NATIVE_FLUSH_SECONDS", "0", "above 0"),
