@@ -52,7 +52,8 @@ class Recorder:
         layers: the layers to record (the model's own indices); None for all that are bound.
         max_bytes: bound on the whole trace directory: the oldest closed segments are deleted to keep it. None for no
             bound.
-        ring_bytes: size of the ring in memory, up to 1 GiB. Half of it should hold the largest step; a larger step is streamed out.
+        ring_bytes: size of the ring in memory, up to 1 GiB. Half of it should hold the largest step; a larger step is
+            streamed out.
         overflow: `"drop"`: a step that finds no room is not recorded, and counted; `"block"`: the model waits, nothing
             is lost.
         weights_dtype: `"float16"`, or `"exact"` to store weights as the router gave them.
