@@ -7,12 +7,14 @@ the table of names, meanings and defaults; this file gives them types.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_trace import settings
+from moe_trace.units import format_bytes, parse_bytes
 
 FIELDS = ("ids", "weights", "logits", "hidden", "tokens")
 _LAYER_LIMIT = 0xFFFF
@@ -42,8 +44,7 @@ class Config:
         on top.
 
         A value that is empty or None counts as not set. Overrides may be strings, as in the environment, or the
-        natural JSON
-        types: numbers for sizes and seconds, lists for fields and layers.
+        natural JSON types: numbers for sizes and seconds, lists for fields and layers.
 
         Raises:
             ConfigError: a value is not usable, or a key of `overrides` is not a setting.
@@ -55,17 +56,34 @@ class Config:
                 near = difflib.get_close_matches(str(key), keys, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"the settings are {', '.join(keys)}"
                 raise ConfigError(f"{key!r} under moe_native in the additional config is not a setting: {hint}")
-        values: dict[str, Any] = {}
+        given: list[tuple[str, str, Any]] = []
         for setting in settings.SETTINGS:
-            given, where = overrides.get(setting.key), f"{setting.key!r} under moe_native in the additional config"
-            if setting.key not in overrides:
-                given, where = environment.get(setting.name), setting.name
-            if given is None or given is False or given == "":
+            if setting.key in overrides:
+                where = f"{setting.key!r} under moe_native in the additional config"
+                given.append((setting.key, where, overrides[setting.key]))
+            else:
+                given.append((setting.key, setting.name, environment.get(setting.name)))
+        return cls._typed(given)
+
+    @classmethod
+    def of_arguments(cls, **arguments: Any) -> Config:
+        """Settings by their keys, as `Recorder` is given them, in any form that `parse` knows. None: not set.
+
+        Raises:
+            ConfigError: a value is not usable.
+        """
+        return cls._typed([(key, key, value) for key, value in arguments.items()])
+
+    @classmethod
+    def _typed(cls, given: Iterable[tuple[str, str, Any]]) -> Config:
+        values: dict[str, Any] = {}
+        for key, where, value in given:
+            if value is None or value is False or value == "":
                 continue
             try:
-                values[setting.key] = _PARSERS[setting.key](given)
+                values[key] = _PARSERS[key](value)
             except (ValueError, TypeError) as error:
-                raise ConfigError(f"{where} is {given!r}: {error}") from None
+                raise ConfigError(f"{where} is {value!r}: {error}") from None
         return cls(**values)
 
     def recorder_arguments(self) -> dict[str, Any]:
@@ -85,15 +103,22 @@ class Config:
 def _parts(value: Any) -> list[Any]:
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
-    if isinstance(value, Sequence):
+    if isinstance(value, Iterable):
         return list(value)
     return [value]
 
 
 def _path(value: Any) -> Path:
-    if not isinstance(value, str):
+    if not isinstance(value, (str, os.PathLike)):
         raise ValueError("it must be a directory's name")
     return Path(value).expanduser()
+
+
+def _directory(value: Any) -> Path:
+    path = _path(value)
+    if not path.is_dir():
+        raise ValueError("there is no such directory")
+    return path
 
 
 def _fields(value: Any) -> tuple[str, ...]:
@@ -121,11 +146,11 @@ def _layers(value: Any) -> tuple[int, ...]:
 
 def _bytes(least: int, most: int = 1 << 63) -> Callable[[Any], int]:
     def parse(value: Any) -> int:
-        size = value if isinstance(value, int) and not isinstance(value, bool) else settings.parse_bytes(str(value))
+        size = value if isinstance(value, int) and not isinstance(value, bool) else parse_bytes(str(value))
         if size < least:
-            raise ValueError(f"at least {least >> 20} MiB is needed")
+            raise ValueError(f"at least {format_bytes(least)} is needed")
         if size > most:
-            raise ValueError(f"at most {most >> 20} MiB is possible")
+            raise ValueError(f"at most {format_bytes(most)} is possible")
         return size
 
     return parse
@@ -156,8 +181,8 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "fields": _fields,
     "layers": _layers,
     "max_bytes": _bytes(1 << 20),
-    "ring_bytes": _bytes(1 << 20, 1 << 30),
-    "ring_dir": _path,
+    "ring_bytes": _bytes(64 << 10, 1 << 30),
+    "ring_dir": _directory,
     "overflow": _choice("drop", "block"),
     "weights_dtype": _choice("float16", "exact"),
     "flush_seconds": _seconds,

@@ -8,7 +8,7 @@ import json
 import logging
 import operator
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,16 +19,17 @@ import torch
 
 import moe_trace
 from moe_native import _C, ops
+from moe_native.config import FIELDS, Config
 from moe_native.metadata import Metadata
 from moe_native.notes import Notes
 from moe_native.rank_directory import RankFile, make_rank_directory, sweep_emptied_ranks
 from moe_native.runs import RUN_DTYPE, UNKNOWN, join_rows, one_per_row, row_class
 
-__all__ = ["FIELDS", "Recorder"]
+__all__ = ["Recorder"]
 
 log = logging.getLogger("moe_native")
 
-FIELDS = {"ids": 1, "weights": 2, "logits": 4, "hidden": 8, "tokens": 16}
+_FIELD_BITS = {name: 1 << bit for bit, name in enumerate(FIELDS)}  # csrc/core/step_recorder.h
 _MIB = 1 << 20
 
 
@@ -49,9 +50,9 @@ class Recorder:
         path: the trace's directory; made if it is missing. A trace may hold many runs: each recorder adds one.
         fields: what to store of `ids`, `weights`, `logits`, `hidden` (the router's input) and `tokens` (token ids).
             `ids` is always stored.
-        layers: the layers to record (the model's own indices); None for all that are bound.
-        max_bytes: bound on the whole trace directory: the oldest closed segments are deleted to keep it. None for no
-            bound.
+        layers: the layers to record (the model's own indices), also as `"0,4-7"`; None for all that are bound.
+        max_bytes: bound on the whole trace directory, in bytes or as `"1GB"`: the oldest closed segments are deleted to
+            keep it. None for no bound.
         ring_bytes: size of the ring in memory, up to 1 GiB. Half of it should hold the largest step; a larger step is
             streamed out.
         overflow: `"drop"`: a step that finds no room is not recorded, and counted; `"block"`: the model waits, nothing
@@ -74,10 +75,10 @@ class Recorder:
         self,
         path: str | Path,
         *,
-        fields: Sequence[str] = ("ids", "weights"),
-        layers: Sequence[int] | None = None,
-        max_bytes: int | None = None,
-        ring_bytes: int = 64 * _MIB,
+        fields: str | Iterable[str] = ("ids", "weights"),
+        layers: str | Iterable[int] | None = None,
+        max_bytes: int | str | None = None,
+        ring_bytes: int | str = 64 * _MIB,
         overflow: str = "drop",
         weights_dtype: str = "float16",
         flush_seconds: float = 10.0,
@@ -88,46 +89,57 @@ class Recorder:
         lanes: int = 1,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        unknown = [fields] if isinstance(fields, str) else [f for f in fields if f not in FIELDS]
-        if unknown:
-            raise ValueError(f"unknown field {unknown[0]!r}: give a sequence of some of {', '.join(FIELDS)}")
-        if overflow not in ("drop", "block"):
-            raise ValueError(f"overflow is 'drop' or 'block', not {overflow!r}")
-        if weights_dtype not in ("float16", "exact"):
-            raise ValueError(f"weights_dtype is 'float16' or 'exact', not {weights_dtype!r}")
-        if not flush_seconds > 0:
-            raise ValueError("flush_seconds must be above 0")
-        if max_bytes is not None and max_bytes < _MIB:
-            raise ValueError(f"max_bytes is {max_bytes}: at least {_MIB} (1 MiB) is needed")
+        settings = Config.of_arguments(
+            trace=path,
+            fields=fields,
+            layers=layers,
+            max_bytes=max_bytes,
+            ring_bytes=ring_bytes,
+            ring_dir=ring_dir,
+            overflow=overflow,
+            weights_dtype=weights_dtype,
+            flush_seconds=flush_seconds,
+        )
+        if settings.trace is None:
+            raise ValueError("the trace's path is empty")
+        largest = settings.max_bytes or 0
         if segment_bytes is None:
-            segment_bytes = 64 * _MIB if max_bytes is None else min(64 * _MIB, max_bytes // 4)
-        if max_bytes is not None and segment_bytes > max_bytes // 2:
+            segment_bytes = min(64 * _MIB, largest // 4) if largest else 64 * _MIB
+        if largest and segment_bytes > largest // 2:
             raise ValueError("segment_bytes must be at most half of max_bytes: whole segments are what is deleted")
 
-        self.path = Path(path)
-        self.fields = tuple(f for f in FIELDS if f in fields or f == "ids")
-        self.layers = None if layers is None else frozenset(int(layer) for layer in layers)
-        self._metadata = Metadata(self.fields, weights_dtype, metadata or {})
+        self.path = settings.trace
+        self.fields = settings.fields
+        self.layers = None if settings.layers is None else frozenset(settings.layers)
+        self._metadata = Metadata(self.fields, settings.weights_dtype, metadata or {})
         self._recover_dead_runs()
-        if max_bytes is not None:
+        if largest:
             sweep_emptied_ranks(self.path)
         self.directory = make_rank_directory(self.path, rank, run)
         self._file = RankFile(self.directory, _C.owner())
-        self._core = _C.Recording(
-            trace=str(self.path.resolve()),
-            rank_directory=str(self.directory),
-            run_id=self._file.run_id,
-            ring_directory="" if ring_dir is None else str(ring_dir),
-            ring_bytes=ring_bytes,
-            lanes=lanes,
-            block=overflow == "block",
-            fields=sum(FIELDS[f] for f in self.fields),
-            exact_weights=weights_dtype == "exact",
-            segment_bytes=segment_bytes,
-            max_bytes=max_bytes or 0,
-            flush_seconds=flush_seconds,
-        )
-        self._notes = Notes(limit=ring_bytes // lanes // 8)
+        try:
+            self._core = _C.Recording(
+                trace=str(self.path.resolve()),
+                rank_directory=str(self.directory),
+                run_id=self._file.run_id,
+                ring_directory="" if settings.ring_dir is None else str(settings.ring_dir),
+                ring_bytes=settings.ring_bytes,
+                lanes=lanes,
+                block=settings.overflow == "block",
+                fields=sum(_FIELD_BITS[f] for f in self.fields),
+                exact_weights=settings.weights_dtype == "exact",
+                segment_bytes=segment_bytes,
+                max_bytes=largest,
+                flush_seconds=settings.flush_seconds,
+            )
+        except BaseException:  # nothing was recorded: leave nothing
+            self._file.release()
+            with contextlib.suppress(OSError):
+                self.directory.rmdir()
+                self.directory.parent.rmdir()
+            raise
+        self._notes = Notes(limit=settings.ring_bytes // lanes // 8)
+        self._bindings: set[int] = set()
         self._closed = False
         self._publish_metadata(ring={"path": self._core.ring_path, "id": f"{self._core.ring_id:016x}"})
         self._at_exit = _close_at_exit(self)
@@ -174,10 +186,11 @@ class Recorder:
         if not 1 <= experts <= 0xFFFF or not 1 <= top_k <= 0xFFFF:
             raise ValueError(f"layer {layer}: experts={experts}, top_k={top_k} must be between 1 and 65535")
         enabled = self.layers is None or layer in self.layers
-        binding = self._core.bind(layer, experts, top_k, enabled, every_step)
+        binding = int(self._core.bind(layer, experts, top_k, enabled, every_step))
+        self._bindings.add(binding)
         status, detail = (status, detail) if enabled else ("skipped", "not among the layers asked for")
         self._metadata.add_layer(layer, name, experts, top_k, status, detail, every_step)
-        return int(binding)
+        return binding
 
     def miss(self, layer: int, *, name: str, detail: str, experts: int = 0, top_k: int = 0) -> None:
         """Say in the trace that a layer is not recorded, and why."""
@@ -285,7 +298,14 @@ class Recorder:
         router_logits: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
     ) -> None:
-        """Record one layer's rows of the open step (`moe_native.ops.record`)."""
+        """Record one layer's rows of the open step (`moe_native.ops.record`). Outside a step it does nothing. Called
+        again in a step, it goes on with the rows behind; rows beyond the step's are padding.
+
+        Raises:
+            ValueError: the binding is none of this recorder's.
+        """
+        if binding not in self._bindings:
+            raise ValueError(f"binding {binding!r} is none of this recorder's: use what bind() returned")
         ops.record(topk_ids, topk_weights, router_logits, hidden, binding)
 
     @contextlib.contextmanager
@@ -385,9 +405,11 @@ class Recorder:
         with contextlib.suppress(OSError):  # the segments are whole either way, and say so themselves
             self._file.update(ring=None, closed=True, metadata=self._metadata.items)
         self._file.release()
-        lost = self.counters()["lost"]
-        if lost:
-            log.warning("moe_native: %s: lost %s", self.directory, json.dumps(lost))
+        counters = self.counters()
+        if counters["lost"]:
+            log.warning("moe_native: %s: lost %s", self.directory, json.dumps(counters["lost"]))
+        elif self._bindings and not counters["steps_begun"]:
+            log.warning("moe_native: %s: no step was ever opened, so nothing is recorded", self.directory)
 
     def __enter__(self) -> Recorder:
         return self

@@ -122,7 +122,7 @@ int StepRecorder::claim_lane(uint64_t step) noexcept {
 
 const char* StepRecorder::unusable(const LayerInput& in) const noexcept {
   if (!is_id(in.ids.dtype)) return "expert ids must be int32, int64, uint16 or uint32";
-  if (in.ids.width < 1 || in.ids.width > 0xFFFF) return "expert ids must be a [rows, k] tensor";
+  if (in.ids.width < 1 || in.ids.width > 0xFFFF) return "expert ids must be a tensor of [rows, k]";
   const auto bad_rows = [&](const RowsView& view) { return view.rows != in.ids.rows || view.width < 1; };
   if ((fields_ & kFieldWeights) != 0) {
     if (!is_floating(in.weights.dtype)) return "weights must be float32, float16 or bfloat16";
@@ -130,11 +130,11 @@ const char* StepRecorder::unusable(const LayerInput& in) const noexcept {
   }
   if ((fields_ & kFieldLogits) != 0 && in.logits.data != nullptr) {
     if (!is_floating(in.logits.dtype)) return "router logits must be float32, float16 or bfloat16";
-    if (bad_rows(in.logits)) return "router logits must have as many rows as the ids";
+    if (bad_rows(in.logits)) return "router logits must be a tensor of [rows, experts], with as many rows as the ids";
   }
   if ((fields_ & kFieldHidden) != 0 && in.hidden.data != nullptr) {
     if (!is_floating(in.hidden.dtype)) return "hidden states must be float32, float16 or bfloat16";
-    if (bad_rows(in.hidden)) return "hidden states must have as many rows as the ids";
+    if (bad_rows(in.hidden)) return "hidden states must be a tensor of [rows, width], with as many rows as the ids";
   }
   return nullptr;
 }

@@ -9,6 +9,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "core/owner.h"
@@ -203,6 +204,14 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("ring_path", &Handle::ring_path)
       .def_property_readonly("step_number", &Handle::step_number)
       .def_property_readonly("step_open", &Handle::step_open);
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const std::system_error& error) {
+      const py::tuple arguments = py::make_tuple(error.code().value(), std::string(error.what()));
+      PyErr_SetObject(PyExc_OSError, arguments.ptr());
+    }
+  });
   m.def("owner", [] {
     const Owner owner = Owner::self();
     py::dict out;

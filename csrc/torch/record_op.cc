@@ -26,8 +26,8 @@ class Argument {
     if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
   }
 
-  // Without data where the tensor is absent. Without a dtype where it is there and cannot be read as rows: the recorder
-  // then says so.
+  // Without data where the tensor is absent. Without a dtype or a width where it is there and cannot be read as rows:
+  // the recorder then says so.
   RowsView view() const noexcept {
     RowsView v;
     if (handle_ == nullptr) return v;
@@ -35,17 +35,17 @@ class Argument {
     v.data = &kSomething;
     int64_t dim = 0;
     int32_t dtype = 0;
+    if (aoti_torch_get_dtype(handle_, &dtype) != AOTI_TORCH_SUCCESS) return v;
+    v.dtype = dtype_of(dtype);
     if (aoti_torch_get_dim(handle_, &dim) != AOTI_TORCH_SUCCESS || dim != 2) return v;
     int64_t* sizes = nullptr;
     int64_t* strides = nullptr;
     void* data = nullptr;
-    if (aoti_torch_get_dtype(handle_, &dtype) != AOTI_TORCH_SUCCESS ||
-        aoti_torch_get_sizes(handle_, &sizes) != AOTI_TORCH_SUCCESS ||
+    if (aoti_torch_get_sizes(handle_, &sizes) != AOTI_TORCH_SUCCESS ||
         aoti_torch_get_strides(handle_, &strides) != AOTI_TORCH_SUCCESS ||
         aoti_torch_get_data_ptr(handle_, &data) != AOTI_TORCH_SUCCESS) {
       return v;
     }
-    v.dtype = dtype_of(dtype);
     v.rows = sizes[0];
     v.width = sizes[1];
     v.row_stride = strides[0];

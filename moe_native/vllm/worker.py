@@ -191,7 +191,15 @@ class WorkerRecording:
             model = self.worker.model_config.model
             log.warning("moe_native: nothing is recorded: %s has no MoE layer that is known here", model)
             return
-        log.info("moe_native: recording %d of %d MoE layers into %s", self._bound, len(layers), self.recorder.directory)
+        asked = self.recorder.layers
+        enabled = [layer.layer for layer in layers if not layer.obstacle and (asked is None or layer.layer in asked)]
+        if self._bound and not enabled:
+            last = max(layer.layer for layer in layers)
+            log.warning("moe_native: nothing is recorded: none of the model's layers, up to %d, is asked for", last)
+            return
+        log.info(
+            "moe_native: recording %d of %d MoE layers into %s", len(enabled), len(layers), self.recorder.directory
+        )
         missed = [layer for layer in layers if layer.obstacle]
         if missed:
             example = f"layer {missed[0].layer}: {missed[0].obstacle}"

@@ -52,7 +52,7 @@ def main() -> None:
         prompt = np.array([p < PROMPTS[name] for p, name in zip(positions, names, strict=True)])
         assert np.array_equal(one.prefill().ids, ids[prompt]) and np.array_equal(one.decode().ids, ids[~prompt])
         assert np.array_equal(one.request("b").ids, ids[[n == "b" for n in names]])
-    assert {entry.layer: entry.status for entry in trace.layers} == {0: "exact", 2: "exact", 5: "exact", 9: "missed"}
+    assert {entry.layer: entry.status for entry in trace.coverage} == {0: "exact", 2: "exact", 5: "exact", 9: "missed"}
     assert not trace.complete, "a step was aborted and a layer was missed"
     print("the golden trace is read as it was written")
 

@@ -19,7 +19,7 @@ def test_nothing_set_is_the_table_of_defaults() -> None:
     assert Config.parse(written) == config
 
 
-def test_environment() -> None:
+def test_environment(tmp_path: Path) -> None:
     config = Config.parse(
         {
             "MOE_NATIVE_TRACE": "/data/trace",
@@ -27,7 +27,7 @@ def test_environment() -> None:
             "MOE_NATIVE_LAYERS": "0,4-6,5",
             "MOE_NATIVE_MAX_BYTES": "2GiB",
             "MOE_NATIVE_RING_BYTES": "128MiB",
-            "MOE_NATIVE_RING_DIR": "/ring",
+            "MOE_NATIVE_RING_DIR": str(tmp_path),
             "MOE_NATIVE_OVERFLOW": "Block",
             "MOE_NATIVE_WEIGHTS_DTYPE": "exact",
             "MOE_NATIVE_FLUSH_SECONDS": "0.5",
@@ -35,7 +35,7 @@ def test_environment() -> None:
         }
     )
     assert config == Config(
-        Path("/data/trace"), ("ids", "logits"), (0, 4, 5, 6), 2 << 30, 128 << 20, Path("/ring"), "block", "exact", 0.5
+        Path("/data/trace"), ("ids", "logits"), (0, 4, 5, 6), 2 << 30, 128 << 20, tmp_path, "block", "exact", 0.5
     )
 
 
@@ -65,9 +65,10 @@ def test_additional_config_can_switch_off(off: Any) -> None:
         ("MOE_NATIVE_LAYERS", "-1", "0,4-7"),
         ("MOE_NATIVE_LAYERS", "65535", "65534"),
         ("MOE_NATIVE_LAYERS", ",", "unset"),
+        ("MOE_NATIVE_RING_DIR", "/not/there", "no such directory"),
         ("MOE_NATIVE_MAX_BYTES", "lots", "MiB"),
         ("MOE_NATIVE_MAX_BYTES", "1000", "at least 1 MiB"),
-        ("MOE_NATIVE_RING_BYTES", "2GiB", "at most 1024 MiB"),
+        ("MOE_NATIVE_RING_BYTES", "2GiB", "at most 1 GiB"),
         ("MOE_NATIVE_OVERFLOW", "wait", "drop or block"),
         ("MOE_NATIVE_WEIGHTS_DTYPE", "float8", "float16 or exact"),
         ("MOE_NATIVE_FLUSH_SECONDS", "0", "above 0"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -89,7 +90,7 @@ def test_layers_asked_for(tmp_path):
         program.forward(3)
     trace = moe_trace.open(tmp_path / "t")
     assert np.array_equal(trace.layer(1).ids, program.all_ids(1))
-    assert {entry.layer: entry.status for entry in trace.layers} == {0: "skipped", 1: "exact", 2: "skipped"}
+    assert {entry.layer: entry.status for entry in trace.coverage} == {0: "skipped", 1: "exact", 2: "skipped"}
     assert trace.complete
 
 
@@ -239,19 +240,55 @@ def test_requests_that_nobody_finishes_are_bounded(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"fields": ["idz"]}, "unknown field 'idz'.*ids, weights"),
-        ({"overflow": "wait"}, "'drop' or 'block'"),
-        ({"weights_dtype": "int8"}, "'float16' or 'exact'"),
+        ({"fields": ["idz"]}, "'idz' is not a field.*ids, weights"),
+        ({"overflow": "wait"}, "use drop or block"),
+        ({"weights_dtype": "int8"}, "use float16 or exact"),
         ({"max_bytes": 1000}, "1 MiB"),
         ({"max_bytes": 1 << 20, "segment_bytes": 1 << 20}, "half of max_bytes"),
         ({"flush_seconds": 0}, "above 0"),
         ({"ring_bytes": 10}, "64 KiB"),
+        ({"ring_dir": "/not/there"}, "no such directory"),
+        ({"max_bytes": "much"}, "not a size"),
+        ({"lanes": 0}, "lanes must be between"),
         ({"rank": "../x"}, "not a name"),
     ],
 )
 def test_unusable_arguments_are_told(tmp_path, arguments, words):
     with pytest.raises(ValueError, match=words):
         moe_native.Recorder(tmp_path / "t", **arguments)
+    assert not list(tmp_path.glob("t/*")), "nothing is left behind"
+
+
+def test_arguments_may_be_written_as_settings_are(tmp_path):
+    with moe_native.Recorder(
+        str(tmp_path / "t"), fields="ids,logits", layers="0,2-3", max_bytes="4MiB", ring_bytes="1MiB"
+    ) as recorder:
+        assert recorder.fields == ("ids", "logits") and recorder.layers == {0, 2, 3}
+
+
+def test_a_ring_that_cannot_be_made_is_an_os_error(tmp_path):
+    (tmp_path / "rings").mkdir()
+    (tmp_path / "rings").chmod(0o500)
+    if os.access(tmp_path / "rings", os.W_OK):
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)  # root may write everywhere
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"rings"):
+            moe_native.Recorder(tmp_path / "t", ring_dir=tmp_path / "rings", ring_bytes=4 << 20)
+    finally:
+        if os.access(tmp_path / "rings", os.W_OK):
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.glob("t/*"))
+
+
+def test_misuse_of_record_is_told(tmp_path, caplog):
+    with moe_native.Recorder(tmp_path / "t") as recorder:
+        program = Program(recorder)
+        program.forward(3)
+        with pytest.raises(ValueError, match="binding 99 is none"):
+            recorder.record(99, torch.zeros(3, K, dtype=torch.int64), torch.zeros(3, K))
+    assert "no step was ever opened" in caplog.text
 
 
 def test_misuse_is_told(tmp_path):

@@ -71,7 +71,7 @@ def test_what_cannot_be_seen_is_missed_with_the_reason(
     with moe_native.Recorder(tmp_path) as recorder:
         assert routers.bind(found, recorder, 0) == 0
     trace = moe_trace.open(tmp_path)
-    assert [(layer.status, reason in layer.detail) for layer in trace.layers] == [("missed", True)]
+    assert [(layer.status, reason in layer.detail) for layer in trace.coverage] == [("missed", True)]
     assert not trace.complete
 
 

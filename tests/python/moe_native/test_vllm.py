@@ -118,7 +118,7 @@ def test_every_executed_token_and_nothing_else_is_recorded(recorded: Recorded) -
     assert {layer: stats.rows for layer, stats in trace.stats().items()} == dict.fromkeys(range(LAYERS), executed)
     assert (trace.counts().sum(axis=1) == TOP_K * executed).all()
     assert not trace.losses and not trace.problems and trace.complete
-    assert [(layer.layer, layer.status, layer.experts, layer.top_k) for layer in trace.layers] == [
+    assert [(layer.layer, layer.status, layer.experts, layer.top_k) for layer in trace.coverage] == [
         (layer, "exact", EXPERTS, TOP_K) for layer in range(LAYERS)
     ]
 

@@ -53,7 +53,21 @@ def test_a_life(trace: Path) -> None:
     read = moe_trace.open(trace)
     assert read.complete and read.rows == 6  # the 64 rows of the warm-up are not among them
     assert read.request("r").positions.tolist() == [0, 1, 2, 3, 4, 5]
-    assert [layer.layer for layer in read.layers] == [1, 2]
+    assert [layer.layer for layer in read.coverage] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"), [("1", "recording 1 of 2 MoE layers"), ("7", "none of the model's layers, up to 2, is asked")]
+)
+def test_the_log_says_how_many_layers_are_recorded(
+    trace: Path, layers: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MOE_NATIVE_LAYERS", layers)
+    caplog.set_level("INFO", "moe_native")
+    made = started()
+    made.execute_model(scheduled(0, 5, prompt=5))
+    made.shutdown()
+    assert said in caplog.text
 
 
 def test_nothing_is_wrapped_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
