@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from moe_trace.batch import Batch
 from moe_trace.errors import DamagedTrace, NotATrace, TraceError, TraceNotFound, UnsupportedVersion
+from moe_trace.rank import Layer
 from moe_trace.recover import Recovery, recover
 from moe_trace.select import Selection
 from moe_trace.statistics import LayerStats
-from moe_trace.trace import Layer, Loss, Trace, open
+from moe_trace.trace import Loss, Trace, open
 
 __version__ = "0.1.0"
 

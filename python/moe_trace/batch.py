@@ -25,6 +25,7 @@ class Filter:
     phases: frozenset[int] | None = None
     modalities: frozenset[int] | None = None
     requests: frozenset[str] | None = None
+    runs: frozenset[str] | None = None  # their names
     first_ns: int | None = None  # included
     end_ns: int | None = None  # not included
     first_step: int | None = None
@@ -63,6 +64,10 @@ class Batch:
     """The selected rows of one block.
 
     Attributes are read when they are first asked for, and have the shapes of `Selection`'s.
+
+    Attributes:
+        layers: the layers that have rows here, of those asked for.
+        run, rank: names of the run and the rank that recorded them. Requests of one name in two runs are two requests.
     """
 
     def __init__(
@@ -72,7 +77,8 @@ class Batch:
         self._block = block
         self._asked = asked
         self._keep = keep  # of the block's runs; None: all
-        self.layers = layers  #: the layers that have rows here, of those asked for
+        self.layers = layers
+        self.run, self.rank = rank.run, rank.name
 
     @cached_property
     def _mask(self) -> npt.NDArray[np.bool_] | None:
@@ -99,9 +105,9 @@ class Batch:
         columns = [self.column(field, layer) for layer in self.layers]
         if any(column is None for column in columns) or not columns:
             name = fmt.FIELD_NAMES[field]
+            fields = ",".join(dict.fromkeys(("ids", "weights", name)))
             raise TraceError(
-                f"{name} were not recorded for {these(self.layers)}. "
-                f"To record them, set MOE_NATIVE_FIELDS=ids,weights,{name}"
+                f"{name} were not recorded for {these(self.layers)}. To record them, set MOE_NATIVE_FIELDS={fields}"
             )
         found = [column for column in columns if column is not None]
         if self._asked.one_layer:
@@ -171,9 +177,9 @@ class Batch:
             steps = self._block.steps
             ends = np.cumsum(steps["rows"].astype(np.int64))
             for step, end in zip(steps, ends, strict=True):
+                of_step = flags[int(end) - int(step["rows"]) : int(end)]
                 for row, count, bits in amendments.get(int(step["step"]), ()):
-                    begin = int(end) - int(step["rows"])
-                    flags[begin + max(row, 0) : min(begin + row + count, int(end))] |= bits
+                    of_step[max(row, 0) : max(row + count, 0)] |= bits
         return self._rows(flags)
 
     @cached_property

@@ -1,8 +1,9 @@
 """The command `moe-native`: summaries, pictures and exports of traces, and what is wrong with a set-up.
 
 Exit codes, of every command: 0 whole; 1 failed, and one line on stderr says why; 2 usage; 3 lossy: the command did its
-work, but the trace has losses, damage or layers that were missed. Of `doctor`: 0 nothing is wrong, 1 there is a
-problem. Whoever stops reading our output (`| head`) gets 141, and an interrupt 130, as shells have it.
+work, but the trace has losses, damage or layers that were missed. Of `doctor`: 1 something keeps rows from being
+recorded, 3 only the trace that it looked into is lossy. Whoever stops reading our output (`| head`) gets 141, and an
+interrupt 130, as shells have it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,8 @@ class UsageError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. `argv`: the arguments without the program's name; None: sys.argv's."""
+    if sys.stdout is None:
+        return _fail("standard output is closed", FAILED)
     try:
         args = _parser().parse_args(argv)
     except SystemExit as done:  # argparse has printed what there is to say
@@ -36,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from moe_trace.errors import TraceError
 
     try:
-        code: int = args.run(args)
+        code: int = args.command(args)
         sys.stdout.flush()
         return code
     except UsageError as error:
@@ -116,6 +120,7 @@ def _note(of: dict[str, Any], args: argparse.Namespace) -> str:
     """What a picture has to say beside its rows: how they were selected, and that some are missing."""
     note = f" · {args.phase} only" if args.phase else ""
     note += f" · since {args.since}" if args.since else ""
+    note += f" · run {args.run}" if args.run else ""
     missed = len(of["coverage"]["missed"])
     note += f" · {missed} layers missed" if missed else ""
     return note + (" · with losses" if of["losses"] or of["problems"] else "")
@@ -128,15 +133,19 @@ def _export(args: argparse.Namespace) -> int:
     trace = _open(args)
     selection = _select(trace, args)
     if args.request:
-        selection = selection.request(*args.request)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            selection = selection.request(*args.request)
+        for warning in said:
+            _say(f"{warning.message}; --run takes one")
     problems: list[str] = []
-    total = selection.rows if sys.stderr.isatty() else None
+    total = sum(batch.rows for batch in selection.batches([])) if sys.stderr.isatty() else None
     with _output(args.output) as out, show.progress("exporting", total) as advance:
         for lines, rows in export.jsonl(trace, selection, problems):
             out.write(lines)
             advance(rows)
     for problem in problems:
-        _fail(problem, LOSSY)
+        _say(problem)
     return LOSSY if problems else _verdict(trace)
 
 
@@ -146,21 +155,25 @@ def _recover(args: argparse.Namespace) -> int:
     """
     import moe_trace
 
-    print(moe_trace.recover(args.trace))
-    return _verdict(_open(args))
+    report = moe_trace.recover(args.trace)
+    print(report)
+    try:
+        return LOSSY if report.problems else _verdict(_open(args))
+    except moe_trace.NotATrace:
+        return WHOLE  # an empty directory: a trace that nobody has begun
 
 
 def _doctor(args: argparse.Namespace) -> int:
     """Say why nothing would be, or was, recorded: this environment, vLLM's plugins, the settings, the room there is,
-    and, of a trace, what is missing from it. Exit code 1 if there is a problem."""
+    and, of a trace, what is missing from it. Exit code 1 if there is a problem, 3 if only the trace is lossy."""
     from moe_trace import doctor, show
 
     out = show.console()
-    worst = WHOLE
+    found = set()
     for finding in doctor.examine(args.trace):
         show.finding(out, finding.status, finding.what, finding.todo)
-        worst = FAILED if finding.status == "problem" else worst
-    return worst
+        found.add(finding.status)
+    return FAILED if "problem" in found else LOSSY if "lossy" in found else WHOLE
 
 
 def _open(args: argparse.Namespace) -> Trace:
@@ -174,22 +187,23 @@ def _verdict(trace: Trace) -> int:
 
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
-    return {"layers": args.layer, "phase": args.phase, "since": args.since}
+    return {"layers": args.layer, "phase": args.phase, "since": args.since, "run": args.run}
 
 
 def _select(trace: Trace, args: argparse.Namespace) -> Selection:
-    """The part of the trace that --layer, --phase and --since name."""
-    from moe_trace.show import ranges
+    """The part of the trace that --run, --layer, --phase and --since name."""
+    from moe_trace.errors import DamagedTrace, TraceError
 
     selection: Selection = trace
-    if args.layer is not None:
-        ledger = {entry.layer: entry for entry in trace.layers}
-        for layer in set(args.layer) - set(trace.recorded_layers):
-            if layer in ledger:
-                reason = f": {ledger[layer].detail}" if ledger[layer].detail else ""
-                raise UsageError(f"layer {layer} was {ledger[layer].status}{reason}")
-            raise UsageError(f"layer {layer} is not in this trace, which has {ranges(trace.recorded_layers) or 'none'}")
-        selection = selection.layer(args.layer)
+    try:
+        if args.run is not None:
+            selection = selection.run(int(args.run) if args.run.removeprefix("-").isdecimal() else args.run)
+        if args.layer is not None:
+            selection = selection.layer(args.layer)
+    except DamagedTrace:
+        raise
+    except TraceError as error:
+        raise UsageError(str(error)) from None
     if args.phase is not None:
         selection = selection.phase(args.phase)
     if args.since is not None:
@@ -236,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Callable[[argparse.Namespace], int], what: str) -> argparse.ArgumentParser:
         # `recover` and `doctor` do more than their one line says; their functions' docstrings are the rest of the help.
         added = commands.add_parser(name, help=what, description=(run.__doc__ or "").strip())
-        added.set_defaults(run=run)
+        added.set_defaults(command=run)
         return added
 
     summary = command("summary", _summary, "which experts each layer chose, how evenly, and what was lost")
@@ -255,8 +269,10 @@ def _parser() -> argparse.ArgumentParser:
         of.add_argument(
             "--since",
             metavar="WHEN",
-            help="only what is newer: 30s, 10m, 2h, 1d, or an ISO time such as 2026-11-21T10:15",
+            help="only what is newer: 30s, 10m, 2h, 1d, or an ISO time such as 2026-11-21T10:15 "
+            "(local time, unless it names a zone as 2026-11-21T10:15Z does)",
         )
+        of.add_argument("--run", metavar="RUN", help="only this run: its name, or 0 for the oldest, -1 for the newest")
     for of in (summary, info):
         of.add_argument("--json", action="store_true", help="print one JSON object")
     plot.add_argument(
@@ -292,6 +308,10 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _fail(message: str, code: int) -> int:
+def _say(message: str) -> None:
     print(f"moe-native: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _fail(message: str, code: int) -> int:
+    _say(message)
     return code

@@ -65,9 +65,11 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: how it stands, what was found, and what to do about it (empty for nothing)."""
+    """One line of the report: how it stands, what was found, and what to do about it (empty for nothing). `lossy` is
+    what a trace lacks, `problem` what keeps something from being recorded.
+    """
 
-    status: Literal["ok", "warning", "problem"]
+    status: Literal["ok", "warning", "lossy", "problem"]
     what: str
     todo: str = ""
 
@@ -269,35 +271,30 @@ def check_trace(path: str | Path) -> Iterator[Finding]:
         )
     for cause, loss in trace.losses.items():
         what = ", ".join(f"{n:,} {kind}" for kind, n in vars(loss).items() if n)
-        yield Finding("problem", f"lost {what}: {cause}", REMEDIES.get(cause, "see csrc/FORMAT.md, table losses"))
+        yield Finding("lossy", f"lost {what}: {cause}", REMEDIES.get(cause, "see csrc/FORMAT.md, table losses"))
     dead = [rank for rank in trace.ranks if rank.state == "crashed"]
     for rank in dead:
         yield Finding(
             "warning", f"the process that wrote {rank.directory} died", f"moe-native recover {rank.directory}"
         )
     for problem in trace.problems:
-        yield Finding("problem", problem, "what is whole is read all the same; the summary counts what is there")
+        yield Finding("lossy", problem, "what is whole is read all the same; the summary counts what is there")
     if not trace.losses and not trace.problems:
         yield Finding("ok", f"{path}: nothing was lost")
 
 
 def _check_coverage(trace: Trace) -> Iterator[Finding]:
-    recorded = set(trace.recorded_layers)
     by_reason: dict[str, list[int]] = {}
-    for entry in trace.layers:
+    for entry in trace.coverage:
         if entry.status == "missed":
             by_reason.setdefault(entry.detail or "no reason is given", []).append(entry.layer)
     for reason, layers in by_reason.items():
-        yield Finding(
-            "problem",
-            f"layer {ranges(layers)} missed: {reason}",
-            "no row of it can be in this trace; other layers are not touched by it",
-        )
-    skipped = [entry.layer for entry in trace.layers if entry.status == "skipped"]
+        yield Finding("lossy", f"layer {ranges(layers)} missed: {reason}", "other layers are not touched by it")
+    skipped = [entry.layer for entry in trace.coverage if entry.status == "skipped"]
     if skipped:
         yield Finding("ok", f"layer {ranges(skipped)} not asked for (MOE_NATIVE_LAYERS)")
-    if recorded:
-        yield Finding("ok", f"layer {ranges(recorded)} recorded")
+    if trace.layers:
+        yield Finding("ok", f"layer {ranges(trace.layers)} recorded")
     elif not by_reason:
         yield Finding(
             "problem", "the recorder found no MoE layer to record", "is it a Mixture-of-Experts model that was loaded?"

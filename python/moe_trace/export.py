@@ -8,6 +8,8 @@ and then there is a line for each token and layer, in the order of execution, th
 
     {"type": "route", "req_id", "token_idx", "layer", "topk_ids", "topk_weights"}
 
+and, where the trace has several runs, `"run"` with the name of its run, since two runs may have a request of one name.
+
 `token_idx` is the row's absolute position in its request. `topk_ids` are in the order in which the router gave them,
 which need not be descending, and `topk_weights` beside them, rounded to 4 decimals. What is not known is null: a key of
 the meta line, `req_id` of a row that belongs to no known request, `token_idx`, the weights where they were not
@@ -15,7 +17,7 @@ recorded, or a weight that is not finite. An id that was no expert's is -1. `top
 where layers differ.
 
 Rows are written as they were executed. A draft token that was rejected, or a position that was computed again, has its
-lines too; of several lines with one `req_id`, `token_idx` and `layer` the last one counts.
+lines too; of several lines with one `run`, `req_id`, `token_idx` and `layer` the last one counts.
 """
 
 from __future__ import annotations
@@ -46,10 +48,9 @@ def jsonl(trace: Trace, selection: Selection, problems: list[str]) -> Iterator[t
     Holds one block of the trace in memory. A block of which a needed part is damaged is left out, and a sentence that
     says so is added to `problems`.
     """
-    selected = set(selection.stats())
-    widths = {entry.layer: entry.top_k for entry in trace.layers if entry.layer in selected}
-    yield meta_line(trace.metadata, widths) + "\n", 0
-    for batch in selection.batches():
+    top_k = {entry.layer: entry.top_k or None for entry in trace.coverage}
+    yield meta_line(trace.metadata, {layer: top_k.get(layer) for layer in selection.layers}) + "\n", 0
+    for batch in selection.batches(problems):
         try:
             columns = [(batch.column(IDS, layer), batch.column(WEIGHTS, layer)) for layer in batch.layers]
             names, positions = batch.request_ids, batch.positions
@@ -57,15 +58,19 @@ def jsonl(trace: Trace, selection: Selection, problems: list[str]) -> Iterator[t
             problems.append(f"{batch.rows:,} rows are left out, their block is damaged: {error}")
             continue
         parts = [(layer, ids, weights) for layer, (ids, weights) in zip(batch.layers, columns, strict=True)]
-        lines = route_lines(names, positions, [(layer, ids, w) for layer, ids, w in parts if ids is not None])
+        run = batch.run if len(trace.runs) > 1 else None
+        lines = route_lines(names, positions, [(layer, ids, w) for layer, ids, w in parts if ids is not None], run)
         while piece := "".join(f"{line}\n" for line in islice(lines, LINES_AT_ONCE)):
             yield piece, 0
         yield "", batch.rows
 
 
-def meta_line(metadata: Mapping[str, Any], layers: Mapping[int, int]) -> str:
-    """The first line. `metadata` is the trace's; `layers` maps each exported layer to its k."""
-    versions = metadata.get("versions") or {}
+def meta_line(metadata: Mapping[str, Any], layers: Mapping[int, int | None]) -> str:
+    """The first line. `metadata` is the trace's; `layers` maps each exported layer to its k, None where it is not
+    known.
+    """
+    said = metadata.get("versions")
+    versions = said if isinstance(said, dict) else {}
     widths = list(layers.values())
     top_k = widths[0] if len(set(widths)) == 1 else widths or None
     return _json(
@@ -83,14 +88,18 @@ def meta_line(metadata: Mapping[str, Any], layers: Mapping[int, int]) -> str:
 
 
 def route_lines(
-    request_ids: Sequence[Any] | npt.NDArray[Any], positions: npt.NDArray[np.int64], columns: Sequence[Column]
+    request_ids: Sequence[Any] | npt.NDArray[Any],
+    positions: npt.NDArray[np.int64],
+    columns: Sequence[Column],
+    run: str | None = None,
 ) -> Iterator[str]:
     """The lines of some rows.
 
     request_ids: `[rows]`, None or empty for nobody's; positions: `[rows]`, negative for unknown; columns: for each
     layer its index, its ids `[rows, k]` (uint8 or uint16, whose largest value marks an invalid one) and its weights,
-    of the same shape, or None.
+    of the same shape, or None; run: its name, where the lines shall have it.
     """
+    end = "}" if run is None else f', "run": {_json(run)}}}'
     names = {request: _json(request) if request else "null" for request in set(request_ids)}
     piece = max(1, LINES_AT_ONCE // max(len(columns), 1))
     for first in range(0, len(positions), piece):
@@ -106,7 +115,7 @@ def route_lines(
         for row, head in enumerate(heads):
             for layer, ids_of_rows, weights_of_rows in of_layers:
                 # The text of a list of ints or finite floats is JSON already, at a fifth of the cost of json.dumps.
-                yield f'{head}{layer}{ids_of_rows[row]}, "topk_weights": {weights_of_rows[row]}}}'
+                yield f'{head}{layer}{ids_of_rows[row]}, "topk_weights": {weights_of_rows[row]}{end}'
 
 
 def _ids(ids: npt.NDArray[Any]) -> list[Any]:

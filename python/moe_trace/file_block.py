@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cached_property, partial, wraps
 from pathlib import Path
@@ -253,7 +252,7 @@ class FileBlock(Block):
         if found is None or not self.complete:
             return []
         try:
-            lines = [json.loads(line) for line in bytes(self._stored(*found)).splitlines()]
+            lines = [fmt.parse_json(line) for line in bytes(self._stored(*found)).splitlines()]
         except (ValueError, RecursionError) as error:
             raise DamagedTrace(f"its notes are no JSON ({error})") from None
         return [line for line in lines if isinstance(line, dict)]
@@ -266,6 +265,12 @@ class FileBlock(Block):
     def statistics_tables(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Tables *stat_groups* and *stat_counts*."""
         return self._table(fmt.STAT_GROUPS), self._table(fmt.STAT_COUNTS)
+
+    @property
+    def counted_layers(self) -> frozenset[int]:
+        """The layers of which its statistics have rows."""
+        groups = self._table(fmt.STAT_GROUPS)
+        return frozenset(groups["layer"][groups["rows"] > 0].tolist())
 
     @property
     def offset(self) -> int:
@@ -330,7 +335,7 @@ def read_directory(data: memoryview, offset: int, head: Any) -> npt.NDArray[Any]
     # One after the other: the sum of two hostile 64-bit numbers could wrap.
     if np.any(directory["offset"] > size) or np.any(directory["stored"] > size - directory["offset"]):
         raise DamagedTrace("an entry lies outside its block")
-    column = np.isin(directory["field"], list(fmt.FIELD_NAMES))
+    column = (directory["field"] >= fmt.IDS) & (directory["field"] <= fmt.TOKENS)
     of_layer = column & (directory["field"] != fmt.TOKENS)
     if np.any((directory["layer"] == fmt.NO_LAYER)[of_layer]) or np.any(
         (directory["layer"] != fmt.NO_LAYER)[column & ~of_layer]

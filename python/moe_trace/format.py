@@ -4,6 +4,8 @@ the specification.
 
 from __future__ import annotations
 
+import json
+import math
 import zlib
 from typing import Any
 
@@ -89,6 +91,18 @@ CAUSES = ("ring_full", "too_large", "aborted", "bad_input", "no_lane", "incomple
 PHASES = ("unknown", "prefill", "decode")
 MODALITIES = ("unknown", "text", "image", "video", "audio")
 RUN_FLAGS = {"recomputed": 1, "rejected": 2, "superseded": 4, "discarded": 8}
+
+
+def parse_json(text: bytes | str) -> Any:
+    """JSON as a stranger may have written it. Numbers that JSON does not have (NaN, infinities) become None. Raises
+    ValueError, RecursionError.
+    """
+    return json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
+
+
+def _finite(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
 
 
 def align(value: int) -> int:

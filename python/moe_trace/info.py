@@ -9,7 +9,7 @@ The object (`"format": "moe-native info"`, `"version": 1`; later versions may ad
 | `recorded` | `{"ids": "uint8", …}`: the columns of the newest rows and their types; several types are joined by `/` |
 | `steps`, `rows` | executed steps and tokens, over all ranks |
 | `layer_rows` | rows of layers: the sum over layers of their tokens |
-| `requests` | how many requests have a name |
+| `requests` | how many requests have a name (one in several runs is counted once) |
 | `bytes`, `bytes_per_layer_row` | of all segment files; `bytes / layer_rows`, null without rows |
 | `rank_list` | an object a rank: `run`, `rank`, `state`, `pid`, `ring` (path or null), `ring_steps` and `ring_rows` |
 | | (what a dead process left in its ring and no segment has yet), `bytes`, `segments` |
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moe_trace.format import FIELD_NAMES
+from moe_trace.format import FIELD_NAMES, ROWS_BLOCK
 from moe_trace.summary import standing
 
 if TYPE_CHECKING:
@@ -72,21 +72,22 @@ def _rank(run: str, rank: Rank) -> dict[str, Any]:
 
 def _segment(segment: Segment) -> dict[str, Any]:
     index = segment.index
+    whole = index[index["kind"] == ROWS_BLOCK]  # fragments are parts of a step that one of these completes
     return {
         "file": segment.path.name,
         "number": segment.number,
         "bytes": segment.size,
         "closed": segment.closed,
         "blocks": len(index),
-        "steps": int(index["steps"].sum()),
-        "rows": int(index["rows"][index["steps"] > 0].sum()),
+        "steps": int(whole["steps"].sum()),
+        "rows": int(whole["rows"].sum()),
     }
 
 
 def _recorded(trace: Trace) -> dict[str, str]:
     """The columns of the newest block that has rows."""
     for rank in reversed(trace.ranks):
-        for block in reversed(rank.blocks()):
+        for block in rank.blocks(newest_first=True):
             if block.rows:
                 types: dict[str, set[str]] = {}
                 for (field, _), (dtype, _) in sorted(block.columns.items()):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -19,10 +17,10 @@ from moe_trace.block import Block
 from moe_trace.errors import DamagedTrace, TraceError, TraceNotFound
 from moe_trace.file_block import FileBlock
 from moe_trace.files import read_plain
-from moe_trace.owner import process_lives
+from moe_trace.owner import held, process_lives
 from moe_trace.ring import Ring
 from moe_trace.ring_block import RingBlock
-from moe_trace.segment import Segment, never_begun
+from moe_trace.segment import Segment, never_begun, segment_paths
 from moe_trace.statistics import LayerStats
 
 _INCOMPLETE = fmt.CAUSES.index("incomplete")
@@ -36,22 +34,40 @@ class Request:
         id: the name that its user knows.
         prompt_len: tokens of its prompt, or None where nobody said.
         info: everything that was noted of it.
+        runs: names of the runs that have a request of this name; the rest is of the last of them.
     """
 
     id: str
     prompt_len: int | None
     info: dict[str, Any]
+    runs: tuple[str, ...] = ()
 
 
-def segment_paths(directory: Path) -> list[Path]:
-    """The segments of a rank's directory in the order of writing, open ones included."""
-    found: dict[int, str] = {}
-    for name in os.listdir(directory):
-        stem = name.removesuffix(".open").removesuffix(".moe")
-        if stem.isdigit() and name in (f"{stem}.moe", f"{stem}.moe.open"):
-            # Both names at once: the file was renamed between two looks at the directory.
-            found[int(stem)] = min(name, found.get(int(stem), name), key=len)
-    return [directory / found[number] for number in sorted(found)]
+@dataclass(frozen=True)
+class Layer:
+    """What the trace says of one MoE layer: a line of the coverage ledger.
+
+    Attributes:
+        layer: the model's own index.
+        name: of the module.
+        experts, top_k: as the recorder was told; 0 where it could not be.
+        status: `exact`; `derived` (ids computed from logits); `missed` (not recorded, `detail` says why); `skipped`
+            (not asked for).
+        detail: a remark.
+        every_step: whether each step has rows of it.
+    """
+
+    layer: int
+    name: str
+    experts: int
+    top_k: int
+    status: str
+    detail: str
+    every_step: bool = True
+
+    @property
+    def recorded(self) -> bool:
+        return self.status in ("exact", "derived")
 
 
 class Rank:
@@ -60,14 +76,20 @@ class Rank:
     Args:
         directory: of the rank.
         only: the one segment to look at, when a single file was asked for.
+        mine: whether this process holds the directory (`owner.hold`), which is then no sign that its owner lives.
     """
 
-    def __init__(self, directory: Path, only: Path | None = None) -> None:
+    def __init__(self, directory: Path, only: Path | None = None, *, mine: bool = False) -> None:
         self.directory = directory
-        self.name = directory.name
+        self.name, self.run = directory.absolute().name, directory.absolute().parent.name
         self._only = only
-        self._problems: list[str] = []
+        self._mine = mine
         self.errors: list[TraceError] = []  #: why segments could not be opened, once `segments` was asked for
+        self._look()
+
+    def _look(self) -> None:
+        """Read rank.json, and see whether its owner lives."""
+        self._problems: list[str] = []
         self.file = self._read_rank_file()
         # What a recovery could not save stays said.
         said = self.file.get("problems")
@@ -75,11 +97,11 @@ class Rank:
         owner = self.file.get("owner")
         self.owner: dict[str, Any] = owner if isinstance(owner, dict) else {}
         self.closed = bool(self.file.get("closed"))
-        self.live = not self.closed and bool(self.owner) and self._owner_lives()
+        self.live = not self.closed and self._owner_lives()
 
     def _read_rank_file(self) -> dict[str, Any]:
         try:
-            content = json.loads(read_plain(self.directory / "rank.json", fmt.MOST_METADATA_BYTES))
+            content = fmt.parse_json(read_plain(self.directory / "rank.json", fmt.MOST_METADATA_BYTES))
             if not isinstance(content, dict) or content.get("format") != "moe-native rank":
                 raise ValueError("it is not what a recorder writes")
             return content
@@ -90,15 +112,16 @@ class Rank:
             return {}
 
     def _owner_lives(self) -> bool:
+        """Any sign of life will do: in another container the process id means nothing, and the ring is not seen."""
         pid, ticks, boot = (self.owner.get(key) for key in ("pid", "start_ticks", "boot_id"))
-        if not isinstance(pid, int) or not isinstance(ticks, int) or not isinstance(boot, str):
-            return False
-        if process_lives(pid, ticks, boot):
+        known = isinstance(pid, int) and isinstance(ticks, int) and isinstance(boot, str)
+        if known and process_lives(pid, ticks, boot):  # type: ignore[arg-type]
             return True
-        # Its process id may mean nothing here, in another container: the lock on the ring does.
+        if not self._mine and held(self.directory):
+            return True
         path = self.ring_path
         try:
-            return path is not None and Ring(path).owned
+            return path is not None and Ring(path).owned  # not opened by its owner, who would lose its lock by that
         except (OSError, TraceError):
             return False
 
@@ -112,6 +135,7 @@ class Rank:
     @cached_property
     def segments(self) -> list[Segment]:
         """Its segments, in order; those that retention deleted meanwhile are left out."""
+        _ = self.ring  # first: whatever a recovery moves from it into the segments meanwhile is then seen once
         paths = [self._only] if self._only else segment_paths(self.directory)
         return [segment for path in paths if (segment := self._open(path)) is not None]
 
@@ -139,14 +163,15 @@ class Rank:
     @cached_property
     def ring(self) -> Ring | None:
         """The ring of a process that died, if it can be read."""
-        if self.state != "crashed" or self._only is not None:
-            return None
         path = self.ring_path
-        if path is None:
+        if self.closed or self.live or self._only is not None or path is None:
             return None
         try:
             ring = Ring(path)
         except FileNotFoundError:
+            self._look()
+            if self.closed:  # recovered since rank.json was read
+                return None
             self._problems.append(
                 f"the process that wrote {self.directory} died and its ring {path} is gone (was the machine or the "
                 "container restarted?): what it had not yet written is lost"
@@ -161,10 +186,6 @@ class Rank:
             )
             return None
         return ring
-
-    @cached_property
-    def _file_blocks(self) -> list[FileBlock]:
-        return [block for segment in self.segments for block in segment.blocks]
 
     @property
     def ring_blocks(self) -> list[RingBlock]:
@@ -182,7 +203,7 @@ class Rank:
             return [], {}
         written: dict[int, int] = {}
         after_step = -1
-        for block in (block for segment in reversed(self.segments) for block in reversed(segment.blocks)):
+        for block in (block for segment in reversed(self.segments) for block in segment.blocks(newest_first=True)):
             try:
                 for lane in block.lanes:
                     written[int(lane["lane"])] = max(written.get(int(lane["lane"]), 0), int(lane["last"]))
@@ -212,27 +233,32 @@ class Rank:
             return False
         return not ring.owned and self.file["ring"].get("id") == f"{ring.id:016x}"
 
-    @property
+    @cached_property
     def cut_step(self) -> FileBlock | None:
         """The fragments with which the last segment ends, of a step that no block completes."""
         if not self.segments or self.segments[-1].closed:
             return None
-        blocks = self.segments[-1].blocks
-        return blocks[-1] if blocks and not blocks[-1].complete else None
+        last = next(self.segments[-1].blocks(newest_first=True), None)
+        return last if last is not None and not last.complete else None
 
     @property
     def cut_step_was_aborted(self) -> bool:
         """Whether the ring says that the program gave that step up."""
         return self.cut_step is not None and self.ring is not None and self.cut_step.first_step in self.ring.aborted
 
-    def blocks(self) -> list[Block]:
-        """All blocks, in the order of their steps."""
-        files: list[Block] = list(self._file_blocks)
-        rest = list(self.ring_blocks)
-        cut = self.cut_step
-        if cut is not None and (self.cut_step_was_aborted or (rest and rest[0].first_step == cut.first_step)):
-            files.pop()  # what the ring has of the step includes what the fragments have
-        return files + rest
+    def blocks(self, newest_first: bool = False) -> Iterator[Block]:
+        """All blocks, in the order of their steps. Each is made anew, so that what was read of it is freed with it."""
+        ring, cut = self.ring_blocks, self.cut_step
+        if newest_first:
+            yield from reversed(ring)
+        # What the ring has of the cut step includes what the fragments have.
+        in_ring = cut is not None and (self.cut_step_was_aborted or (ring and ring[0].first_step == cut.first_step))
+        for segment in reversed(self.segments) if newest_first else self.segments:
+            for block in segment.blocks(newest_first):
+                if not (in_ring and cut and segment is self.segments[-1] and block.offset == cut.offset):
+                    yield block
+        if not newest_first:
+            yield from ring
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
@@ -261,10 +287,43 @@ class Rank:
         return found
 
     @cached_property
-    def layers(self) -> frozenset[int]:
-        """The layers that have rows."""
+    def ledger(self) -> list[Layer]:
+        """The coverage ledger as the recorder wrote it."""
+        entries = self.metadata.get("layers")
+        found = []
+        for entry in entries if isinstance(entries, list) else ():
+            if isinstance(entry, dict) and _small(entry.get("layer")):
+                experts, top_k = (entry[key] if _small(entry.get(key)) else 0 for key in ("experts", "top_k"))
+                name, status, detail = (str(entry.get(key, "")) for key in ("name", "status", "detail"))
+                every_step = entry.get("every_step") is not False
+                found.append(Layer(entry["layer"], name, experts, top_k, status, detail, every_step))
+        return found
+
+    @cached_property
+    def coverage(self) -> list[Layer]:
+        """The ledger, where a layer that has no row in all of the steps is missed, whatever the recorder expected."""
+        there = self._layers_with_rows
+        steps = sum(int(i["steps"][(i["kind"] == fmt.ROWS_BLOCK) & (i["rows"] > 0)].sum()) for i in self._indices())
+        steps += sum(block.complete and block.rows > 0 for block in self.ring_blocks)
+        if not steps or any(segment.problems for segment in self.segments):  # it may be what is damaged that has them
+            return self.ledger
+        detail = f"not one row in the {steps:,} steps of {self.run}/{self.name}"
+        return [
+            replace(entry, status="missed", detail=detail)
+            if entry.recorded and entry.every_step and entry.layer not in there
+            else entry
+            for entry in self.ledger
+        ]
+
+    @cached_property
+    def _layers_with_rows(self) -> frozenset[int]:
         found = {layer for segment in self.segments for layer in segment.layers}
-        return frozenset(found | {layer for block in self.ring_blocks for layer in block.layers})
+        return frozenset(found.union(*(block.layers for block in self.ring_blocks if block.rows)))
+
+    @cached_property
+    def layers(self) -> frozenset[int]:
+        """The layers that have rows or, where there is no step yet, shall have."""
+        return self._layers_with_rows.union(entry.layer for entry in self.coverage if entry.recorded)
 
     @cached_property
     def _notes(self) -> tuple[dict[int, Request], dict[int, list[tuple[int, int, int]]]]:
@@ -283,7 +342,7 @@ class Rank:
                     prompt_len = note.get("prompt_len")
                     info = {k: v for k, v in note.items() if k not in ("type", "index")}
                     known = prompt_len if isinstance(prompt_len, int) else None
-                    requests[note["index"]] = Request(note["id"], known, info)
+                    requests[note["index"]] = Request(note["id"], known, info, (self.run,))
                 elif kind == "amend" and all(isinstance(note.get(key), int) for key in ("step", "row", "count")):
                     names = note.get("set")
                     flags = sum(bit for name, bit in fmt.RUN_FLAGS.items() if isinstance(names, list) and name in names)
@@ -310,11 +369,9 @@ class Rank:
         for segment in segments:
             # A torn block's records are still in the ring.
             if ring is None and not self.live and segment.path.suffix == ".open":
-                torn = segment.torn_bytes
-                problems.append(
-                    f"{segment.path} was not closed: its process died"
-                    + (f", and its last {torn:,} bytes are torn" if torn else "; what it had not yet written is lost")
-                )
+                problems.append(self._why_open(segment))
+            if self.file.get("run_id") not in (None, segment.run_id):
+                problems.append(f"{segment.path} is of another recording than {self.directory}")
             problems += segment.problems
         numbers = [segment.number for segment in segments]
         if self._only is None and any(b - a != 1 for a, b in pairwise(numbers)):
@@ -328,6 +385,13 @@ class Rank:
         ]
         return problems
 
+    def _why_open(self, segment: Segment) -> str:
+        torn = segment.torn_bytes
+        end = f", and its last {torn:,} bytes are torn" if torn else ""
+        if self.closed or segment is not self.segments[-1]:
+            return f"{segment.path} was not closed: its process gave it up after an error in writing to it" + end
+        return f"{segment.path} was not closed: its process died" + (end or "; what it had not yet written is lost")
+
     def add_statistics(self, into: dict[int, LayerStats], wanted: Callable[[int, int], bool]) -> None:
         """Add the totals of everything this process wrote."""
         if self.ring_blocks:
@@ -339,10 +403,16 @@ class Rank:
 
     def times(self) -> npt.NDArray[np.int64]:
         """First and last start of a step, Unix nanoseconds; empty without steps."""
-        indices = [segment.index for segment in self.segments]
-        indices = [index[index["steps"] > 0] for index in indices]
+        indices = (index[index["steps"] > 0] for index in self._indices())
         spans = [(int(i["first_time_ns"].min()), int(i["last_time_ns"].max())) for i in indices if len(i)]
         spans += [(block.first_time_ns, block.last_time_ns) for block in self.ring_blocks]
         if not spans:
             return np.zeros(0, np.int64)
         return np.array([min(a for a, _ in spans), max(b for _, b in spans)])
+
+    def _indices(self) -> Iterator[npt.NDArray[Any]]:
+        return (segment.index for segment in self.segments)
+
+
+def _small(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value <= fmt.NO_LAYER

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -19,9 +18,10 @@ import numpy.typing as npt
 from moe_trace import format as fmt
 from moe_trace.block import Block
 from moe_trace.errors import TraceError
-from moe_trace.rank import Rank, segment_paths
+from moe_trace.owner import hold
+from moe_trace.rank import Rank
 from moe_trace.ring_block import RingBlock
-from moe_trace.segment import never_begun
+from moe_trace.segment import never_begun, segment_paths
 from moe_trace.trace import open as open_trace
 from moe_trace.writer import SegmentWriter
 
@@ -46,13 +46,15 @@ class Recovery:
     def __str__(self) -> str:
         if not self.ranks and not self.problems:
             return "nothing to recover: no process of this trace died"
-        text = f"recovered {self.steps:,} steps ({self.rows:,} rows) of {len(self.ranks)} processes that died"
+        what = [f"{n:,} {noun}{'' if n == 1 else 's'}" for n, noun in ((self.steps, "step"), (self.rows, "row"))]
+        whose = "a process" if len(self.ranks) == 1 else f"{len(self.ranks):,} processes"
+        text = f"recovered {what[0]} ({what[1]}) of {whose} that died" if self.ranks else "nothing was recovered"
         return "\n".join([text, *self.problems])
 
 
 def recover(path: str | os.PathLike[str]) -> Recovery:
-    """Fold the rings of dead processes into a trace. Rings of living processes are left alone; calling it again finds
-    nothing to do.
+    """Fold the rings of dead processes into a trace. Ranks of living processes are left alone, and so are those of
+    which it cannot be told (a problem then says so); calling it again finds nothing to do.
 
     Raises:
         TraceError: there is no trace at the path.
@@ -67,37 +69,20 @@ def recover(path: str | os.PathLike[str]) -> Recovery:
     for found in ranks:
         if found.state != "crashed" and not found.left_its_ring:
             continue
-        with _locked(found.directory) as mine:
-            rank = Rank(found.directory)  # anew: another process may have recovered it while we waited
-            try:
-                if mine and rank.left_its_ring:
-                    _finish(rank, rank.file)
-                elif mine and rank.state == "crashed":
-                    _recover_rank(rank, report)
-            except (OSError, TraceError) as error:
-                report.problems.append(f"{rank.directory} could not be recovered: {error}")
+        try:
+            with hold(found.directory) as mine:
+                if mine:
+                    _recover_held(Rank(found.directory, mine=True), report)  # anew: another may have recovered it
+        except (OSError, TraceError) as error:
+            report.problems.append(f"{found.directory} could not be recovered: {error}")
     return report
 
 
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
-    """Hold the rank's directory against other recoverers. False where its file system has no locks or it cannot be
-    written.
-    """
-    try:
-        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(handle)
+def _recover_held(rank: Rank, report: Recovery) -> None:
+    if rank.left_its_ring:
+        _finish(rank, rank.file)
+    elif rank.state == "crashed":
+        _recover_rank(rank, report)
 
 
 def _recover_rank(rank: Rank, report: Recovery) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -89,7 +88,7 @@ class RingBlock(Block):
         for piece in (*fragments, *_layer_pieces(step, exact_weights)):
             columns.setdefault((piece.field, piece.layer), []).append(piece)
         if step.record is not None and int(d["tokens"]):
-            at, payload = _step_parts(d)[0], step.record[1]
+            at, payload, rows = _step_parts(d)[0], step.record[1], self.rows
             columns[fmt.TOKENS, fmt.NO_LAYER] = [
                 Piece(
                     fmt.TOKENS,
@@ -97,8 +96,8 @@ class RingBlock(Block):
                     _UINT32,
                     1,
                     0,
-                    self.rows,
-                    lambda: np.frombuffer(payload, "<u4", self.rows, at).reshape(-1, 1),
+                    rows,
+                    lambda: np.frombuffer(payload, "<u4", rows, at).reshape(-1, 1),
                 )
             ]
         gaps = {layer for (_, layer), pieces in columns.items() if not self._covered(pieces)}
@@ -137,7 +136,7 @@ class RingBlock(Block):
             at += 12
             if kind in (_NOTE_REQUEST, _NOTE_LINE):
                 try:
-                    line = json.loads(bytes(data[at : at + size]))
+                    line = fmt.parse_json(bytes(data[at : at + size]))
                 except (ValueError, RecursionError) as error:
                     raise DamagedTrace(f"a note is no JSON ({error})") from None
                 if isinstance(line, dict):

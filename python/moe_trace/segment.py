@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +20,14 @@ from moe_trace.files import mapped, open_plain
 from moe_trace.statistics import LayerStats, add_groups
 
 _BLOCK_MAGIC = int.from_bytes(b"MOEB", "little")
+
+
+class _Place(NamedTuple):
+    """Where a block lies: the arguments of a FileBlock."""
+
+    parts: list[tuple[int, Any]]
+    complete: bool = True
+    lacking: bool = False
 
 
 class Segment:
@@ -49,7 +56,6 @@ class Segment:
             raise TraceNotFound(f"{path} cannot be read: {error.strerror or error}") from None
         head = fmt.read_superblock(self._data, str(path))
         self.number = int(head["number"])
-        self.ring_id = int(head["ring_id"])
         self.run_id = head["run_id"].tobytes().hex()
         self._head = head
         self._footer_at = self._find_footer()
@@ -95,7 +101,7 @@ class Segment:
             data = fmt.decode(
                 self._data[begin : begin + stored], int(head["metadata_codec"]), raw, int(head["metadata_crc"])
             )
-            metadata = json.loads(bytes(data))
+            metadata = fmt.parse_json(bytes(data))
             if not isinstance(metadata, dict):
                 raise ValueError("it is no object")
             return metadata
@@ -103,13 +109,12 @@ class Segment:
             self._say(f"the metadata of {self.path} is damaged: {error}")
             return {}
 
-    @cached_property
-    def _walk(self) -> tuple[list[FileBlock], int]:
+    def _walk(self) -> tuple[list[_Place], int]:
         """The blocks, and where the last whole one ends."""
         head = self._head
         at = fmt.align(int(head["metadata_offset"]) + int(head["metadata_stored"]))
         end = self._footer_at if self._footer_at is not None else len(self._data)
-        blocks: list[FileBlock] = []
+        blocks: list[_Place] = []
         fragments: list[tuple[int, Any]] = []
         whole_to = min(at, end)
         while at + fmt.BLOCK.itemsize <= end:
@@ -144,23 +149,22 @@ class Segment:
         self._cut_off(fragments, blocks)  # if it is not closed, the ring may have the rest
         return blocks, whole_to
 
-    def _add_rows_block(
-        self, blocks: list[FileBlock], fragments: list[tuple[int, Any]], block: tuple[int, Any]
-    ) -> None:
-        header, path = block[1], self.path
+    def _add_rows_block(self, blocks: list[_Place], fragments: list[tuple[int, Any]], block: tuple[int, Any]) -> None:
+        header = block[1]
         if not int(header["steps"]):  # nothing, or it takes its fragments back
-            blocks.append(FileBlock(self._data, [block], path=path))
+            blocks.append(_Place([block]))
         elif int(header["fragments"]) == len(fragments):
-            blocks.append(FileBlock(self._data, [*fragments, block], path=path))
+            blocks.append(_Place([*fragments, block]))
         else:
             # What is left is read as far as it has no gap. Its sums and its step are those of the block, which is
             # whole.
-            self._say(f"{path} lacks a part of step {int(header['first_step'])}: layers with a gap are left out of it")
-            blocks.append(FileBlock(self._data, [*fragments, block], path=path, lacking=True))
+            step = int(header["first_step"])
+            self._say(f"{self.path} lacks a part of step {step}: layers with a gap are left out of it")
+            blocks.append(_Place([*fragments, block], lacking=True))
 
-    def _cut_off(self, fragments: list[tuple[int, Any]], blocks: list[FileBlock]) -> None:
+    def _cut_off(self, fragments: list[tuple[int, Any]], blocks: list[_Place]) -> None:
         if fragments and not self.live:
-            blocks.append(FileBlock(self._data, list(fragments), complete=False, path=self.path))
+            blocks.append(_Place(list(fragments), complete=False))
 
     def _next_block(self, at: int, end: int) -> int | None:
         """The next valid block header after damage at `at`, or None."""
@@ -185,20 +189,30 @@ class Segment:
     @property
     def torn_bytes(self) -> int:
         """Bytes behind the last whole block that are no block: a write that a crash cut off."""
-        rest = self._data[self.whole_to :]
-        if self.closed or self._has_footer:
+        if self.closed:
             return 0
-        return len(rest) if bytes(rest).strip(b"\0") else 0
+        rest = self._data[self.whole_to :]
+        return len(rest) if not self._has_footer and bytes(rest).strip(b"\0") else 0
 
-    @property
-    def blocks(self) -> list[FileBlock]:
-        """Its blocks of rows, in order. Blocks without rows (losses, notes) are among them."""
-        return self._walk[0]
+    @cached_property
+    def _snapshot(self) -> tuple[list[_Place], int]:
+        """The walk through a segment that is not closed. It is kept: another process may go on with the file, and what
+        is read of it has to be of one moment.
+        """
+        return self._walk()
+
+    def blocks(self, newest_first: bool = False) -> Iterator[FileBlock]:
+        """Its blocks of rows, in order. Blocks without rows (losses, notes) are among them. Each is made anew, so that
+        what was read of it is freed with it.
+        """
+        places = self._walk()[0] if self.closed else self._snapshot[0]
+        for place in reversed(places) if newest_first else places:
+            yield FileBlock(self._data, place.parts, place.complete, path=self.path, lacking=place.lacking)
 
     @property
     def whole_to(self) -> int:
         """Where its last whole block ends."""
-        return self._walk[1]
+        return self._snapshot[1]
 
     @cached_property
     def _footer(self) -> FileBlock | None:
@@ -206,18 +220,18 @@ class Segment:
             return None
         return FileBlock(self._data, [(self._footer_at, read_header(self._data, self._footer_at))], path=self.path)
 
-    @cached_property
+    @property
     def index(self) -> npt.NDArray[Any]:
         """Table *index* of the footer; for a segment that is not closed, the same from its blocks."""
         if self._footer is not None:
             with contextlib.suppress(DamagedTrace):
                 return self._footer.index_table()
-        return np.array([item for block in self.blocks for item in block.index_items], fmt.TABLES[fmt.INDEX])
+        return np.array([item for block in self.blocks() for item in block.index_items], fmt.TABLES[fmt.INDEX])
 
     @property
     def losses(self) -> npt.NDArray[Any] | None:
         """Table *losses* as last written: totals since the start of the run. None where no block can tell."""
-        for block in [self._footer] if self._footer is not None else reversed(self.blocks):
+        for block in [self._footer] if self._footer is not None else self.blocks(newest_first=True):
             try:
                 return block.losses
             except DamagedTrace as error:
@@ -229,8 +243,14 @@ class Segment:
         """The layers that have rows in it."""
         if self._footer is not None:
             with contextlib.suppress(DamagedTrace):
-                return frozenset(np.unique(self._footer.statistics_tables()[0]["layer"]).tolist())
-        return frozenset(layer for block in self.blocks for layer in block.layers)
+                return self._footer.counted_layers
+        found: set[int] = set()
+        for block in self.blocks():
+            try:
+                found.update(block.layers if block.rows else ())
+            except DamagedTrace as error:
+                self._say(str(error))
+        return frozenset(found)
 
     def add_statistics(self, into: dict[int, LayerStats], wanted: Callable[[int, int], bool]) -> None:
         """Add the totals of the whole segment: from its footer, or block by block."""
@@ -239,12 +259,23 @@ class Segment:
                 return add_groups(into, *self._footer.statistics_tables(), wanted)
             except DamagedTrace:
                 self._say(f"the footer of {self.path} is damaged; its blocks were read one by one")
-        for block in self.blocks:
+        for block in self.blocks():
             block.add_statistics(into, wanted)
         return None
 
     def __repr__(self) -> str:
         return f"<moe_trace segment {self.path}>"
+
+
+def segment_paths(directory: Path) -> list[Path]:
+    """The segments of a rank's directory in the order of writing, open ones included."""
+    found: dict[int, str] = {}
+    for name in os.listdir(directory):
+        stem = name.removesuffix(".open").removesuffix(".moe")
+        if stem.isdigit() and name in (f"{stem}.moe", f"{stem}.moe.open"):
+            # Both names at once: the file was renamed between two looks at the directory.
+            found[int(stem)] = min(name, found.get(int(stem), name), key=len)
+    return [directory / found[number] for number in sorted(found)]
 
 
 def never_begun(path: Path) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,15 +14,18 @@ import numpy.typing as npt
 from moe_trace import format as fmt
 from moe_trace.batch import Batch, Filter, promote, request_names, these
 from moe_trace.block import Block
-from moe_trace.errors import TraceError
+from moe_trace.errors import DamagedTrace, TraceError
 from moe_trace.rank import Rank
 from moe_trace.statistics import LayerStats
+from moe_trace.units import since, unix_ns
 
 if TYPE_CHECKING:
     from moe_trace.trace import Trace
 
 _FIELDS = {name: field for field, name in fmt.FIELD_NAMES.items()}
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_INT64 = np.iinfo(np.int64)
+
+Moment = datetime | np.datetime64 | str | float  # how a time may be given; see `Selection.between`
 
 
 class Selection:
@@ -37,8 +39,12 @@ class Selection:
     """
 
     def __init__(self, trace: Trace, asked: Filter) -> None:
-        self._trace = trace
+        self._of = trace
         self._asked = asked
+
+    @property
+    def _trace(self) -> Trace:
+        return self._of
 
     def _narrow(self, **what: Any) -> Selection:
         return Selection(self._trace, replace(self._asked, **what))
@@ -47,17 +53,17 @@ class Selection:
 
     def layer(self, layers: int | Iterable[int]) -> Selection:
         """One layer (its axis is dropped), or several. The model's own indices. Raises TraceError for a layer that
-        has no rows.
+        was not recorded.
         """
         one = isinstance(layers, (int, np.integer))
         wanted = (int(layers),) if one else tuple(sorted({int(layer) for layer in layers}))  # type: ignore[arg-type,union-attr]
-        status = {entry.layer: entry for entry in self._trace.layers}
+        recorded = self._recorded_layers()
         for layer in wanted:
-            entry = status.get(layer)
-            if entry is None and layer not in self._trace.recorded_layers:
-                raise TraceError(f"layer {layer} is not in this trace, which has {these(self._trace.recorded_layers)}")
-            if entry is not None and entry.status == "missed":
-                raise TraceError(f"layer {layer} was not recorded: {entry.detail or 'no reason is given'}")
+            if layer not in recorded:
+                entry = next((entry for entry in self._trace.coverage if entry.layer == layer), None)
+                if entry is None or entry.recorded:
+                    raise TraceError(f"layer {layer} is not in {self._trace.path}, which has {these(recorded)}")
+                raise TraceError(f"layer {layer} was {entry.status}: {entry.detail or 'no reason is given'}")
         if self._asked.layers is not None:
             wanted = tuple(layer for layer in wanted if layer in self._asked.layers)
         return self._narrow(layers=wanted, one_layer=one)
@@ -79,39 +85,54 @@ class Selection:
         return self._narrow(modalities=_codes(modalities, fmt.MODALITIES, "modality", self._asked.modalities))
 
     def request(self, *ids: str) -> Selection:
-        """Rows of these requests, by the names that their users know. Raises TraceError for a name that is not in the
-        trace.
+        """Rows of these requests, by the names that their users know.
+
+        A name that several of the selected runs have stands for all of their requests, and a UserWarning says so:
+        select a run before (`trace.run(-1).request("0")`), or tell them apart by `Batch.run`. Raises TraceError for a
+        name that is not in the trace.
         """
         for id in ids:
-            if id not in self._trace.requests:
+            request = self._trace.requests.get(id)
+            if request is None:
                 known = list(self._trace.requests)
                 some = ", ".join(map(repr, known[:5])) + (f" and {len(known) - 5} more" if len(known) > 5 else "")
                 raise TraceError(f"there is no request {id!r} in this trace; it has {some or 'none'}")
+            runs = [run for run in request.runs if self._asked.runs is None or run in self._asked.runs]
+            if len(runs) > 1:
+                which = f"{len(runs)} runs, {runs[0]} to {runs[-1]}"
+                warnings.warn(f"request {id!r} is in {which}: the rows of all of them are selected", stacklevel=2)
         wanted = frozenset(ids)
         return self._narrow(requests=wanted if self._asked.requests is None else wanted & self._asked.requests)
 
-    def between(self, start: datetime | float | None, end: datetime | float | None) -> Selection:
-        """Rows of steps that began at or after `start` and before `end`: datetimes (local when they name no zone), or
-        Unix seconds; None for no bound.
+    def run(self, which: str | int) -> Selection:
+        """Rows of one run: by its name, or by its index in `trace.runs` (0 the oldest, -1 the newest). Raises
+        TraceError for a run that is not in the trace.
+        """
+        names = [run.name for run in self._trace.runs]
+        if which not in names and (isinstance(which, str) or not -len(names) <= which < len(names)):
+            raise TraceError(f"there is no run {which!r} in {self._trace.path}; it has {', '.join(names)}")
+        wanted = frozenset((which if isinstance(which, str) else names[which],))
+        return self._narrow(runs=wanted if self._asked.runs is None else wanted & self._asked.runs)
+
+    def between(self, start: Moment | None, end: Moment | None) -> Selection:
+        """Rows of steps that began at or after `start` and before `end`; None for no bound. Datetimes and ISO times
+        (local where they name no zone), numpy datetimes as in `times` (UTC), or Unix seconds. Raises ValueError for
+        what is no time.
         """
         first, last = (None if t is None else _unix_ns(t) for t in (start, end))
+        return self._between(first, last)
+
+    def _between(self, first: int | None, last: int | None) -> Selection:
+        first, last = (None if ns is None else min(max(ns, _INT64.min), _INT64.max) for ns in (first, last))
         firsts = [t for t in (first, self._asked.first_ns) if t is not None]
         ends = [t for t in (last, self._asked.end_ns) if t is not None]
         return self._narrow(first_ns=max(firsts, default=None), end_ns=min(ends, default=None))
 
     def since(self, when: str) -> Selection:
-        """Rows of the last `30s`, `10m`, `2h`, `1d`, counted from now, or since an ISO time. Raises ValueError for
-        anything else.
+        """Rows of the last `30s`, `10m`, `2h`, `1d`, counted from now, or since an ISO time (local where it names no
+        zone). Raises ValueError for anything else.
         """
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", when)
-        if match:
-            return self.between(datetime.now(UTC) - timedelta(seconds=float(match[1]) * _UNITS[match[2]]), None)
-        try:
-            return self.between(datetime.fromisoformat(when), None)
-        except ValueError:
-            raise ValueError(
-                f"{when!r} is no time: write 30s, 10m, 2h, 1d or an ISO time such as 2026-11-21T10:15"
-            ) from None
+        return self._between(since(when), None)
 
     def steps(self, first: int, end: int | None = None) -> Selection:
         """Rows of the steps `first` up to, not including, `end`; None for no end. Each run counts its steps from 0."""
@@ -121,24 +142,52 @@ class Selection:
 
     # Reading.
 
-    def batches(self) -> Iterator[Batch]:
-        """The selection block by block, in bounded memory."""
-        asked = self._asked
-        for rank in self._trace.ranks:
+    def batches(self, left_out: list[str] | None = None) -> Iterator[Batch]:
+        """The selection block by block. In memory there is one block, whatever the size of the trace; where requests
+        are selected or asked for, the table of their names too.
+
+        left_out: a list that gets a sentence for each damaged block of which it cannot be told what is selected; the
+        block is then left out. Without the list, DamagedTrace is raised.
+        """
+        for rank in self._ranks:
             for block in rank.blocks():
-                if not block.rows:
+                try:
+                    batch = self._batch(rank, block)
+                except DamagedTrace as error:
+                    if left_out is None:
+                        raise
+                    left_out.append(f"{block.rows:,} rows are left out, their block is damaged: {error}")
                     continue
-                if not asked.any_time and asked.misses(
-                    block.first_time_ns, block.last_time_ns, block.first_step, block.last_step
-                ):
-                    continue
-                layers = block.layers if asked.layers is None else tuple(x for x in asked.layers if x in block.layers)
-                if not layers:
-                    continue
-                keep = self._kept_runs(rank, block)
-                if keep is not None and not keep.any():
-                    continue
-                yield Batch(rank, block, asked, layers, None if keep is None or keep.all() else keep)
+                if batch is not None:
+                    yield batch
+
+    def _batch(self, rank: Rank, block: Block) -> Batch | None:
+        """What is selected of a block; None for nothing."""
+        asked = self._asked
+        spans = block.first_time_ns, block.last_time_ns, block.first_step, block.last_step
+        if not block.rows or asked.misses(*spans):
+            return None
+        layers = block.layers if asked.layers is None else tuple(x for x in asked.layers if x in block.layers)
+        keep = self._kept_runs(rank, block) if layers else None
+        if not layers or (keep is not None and not keep.any()):
+            return None
+        return Batch(rank, block, asked, layers, None if keep is None or keep.all() else keep)
+
+    @property
+    def _ranks(self) -> list[Rank]:
+        runs = self._asked.runs
+        return [rank for rank in self._trace.ranks if runs is None or rank.run in runs]
+
+    def _recorded_layers(self) -> tuple[int, ...]:
+        return tuple(sorted({layer for rank in self._ranks for layer in rank.layers}))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers on the axis of `ids`, `counts()` and so on, ascending: those that were recorded, of those asked
+        for.
+        """
+        recorded = self._recorded_layers()
+        return recorded if self._asked.layers is None else tuple(x for x in self._asked.layers if x in recorded)
 
     def _kept_runs(self, rank: Rank, block: Block) -> npt.NDArray[np.bool_] | None:
         asked = self._asked
@@ -180,10 +229,10 @@ class Selection:
 
     def _no_rows(self, field: int) -> npt.NDArray[Any]:
         """An array without rows, of the shape and the dtype that rows would have."""
-        layers = self._empty_layers()
+        layers = self.layers
         shapes = (
             block.shape(field, layers[0])
-            for rank in self._trace.ranks
+            for rank in self._ranks
             for block in rank.blocks()
             if layers and block.has(field, layers[0])
         )
@@ -268,13 +317,13 @@ class Selection:
         """Rows, counts, sums of weights and invalid ids of each layer, by layer. Planes are read only where a
         selection cuts through a block.
         """
-        asked = self._asked
-        into: dict[int, LayerStats] = {layer: LayerStats() for layer in self._empty_layers()}
+        asked, layers = self._asked, self.layers
+        into: dict[int, LayerStats] = {layer: LayerStats() for layer in layers}
 
         def wanted(layer: int, cls: int) -> bool:
-            return (asked.layers is None or layer in asked.layers) and asked.takes_class(cls)
+            return layer in layers and asked.takes_class(cls)
 
-        for rank in self._trace.ranks:
+        for rank in self._ranks:
             if asked.requests is None and asked.any_time:
                 rank.add_statistics(into, wanted)
             else:
@@ -284,26 +333,17 @@ class Selection:
             stats.grow(experts.get(layer, 0))
         return into
 
-    def _empty_layers(self) -> tuple[int, ...]:
-        recorded = self._trace.recorded_layers
-        return recorded if self._asked.layers is None else tuple(x for x in self._asked.layers if x in recorded)
-
     def _add_statistics(self, rank: Rank, into: dict[int, LayerStats], wanted: Callable[[int, int], bool]) -> None:
         asked = self._asked
         for block in rank.blocks():
             spans = block.first_time_ns, block.last_time_ns, block.first_step, block.last_step
-            if not block.rows or asked.misses(*spans):
-                continue
             if asked.requests is None and asked.covers(*spans):
                 block.add_statistics(into, wanted)
-                continue
-            keep = self._kept_runs(rank, block)
-            layers = block.layers if asked.layers is None else tuple(x for x in asked.layers if x in block.layers)
-            batch = Batch(rank, block, asked, layers, keep)
-            for layer in layers:
-                ids = batch.column(fmt.IDS, layer)
-                if ids is not None and len(ids):
-                    into.setdefault(layer, LayerStats()).add_rows(ids, batch.column(fmt.WEIGHTS, layer))
+            elif (batch := self._batch(rank, block)) is not None:
+                for layer in batch.layers:
+                    ids = batch.column(fmt.IDS, layer)
+                    if ids is not None:
+                        into.setdefault(layer, LayerStats()).add_rows(ids, batch.column(fmt.WEIGHTS, layer))
 
     def counts(self) -> npt.NDArray[np.int64]:
         """How often each expert was chosen: int64 `[experts]` or `[layers, experts]` (zeros where a layer has fewer
@@ -317,7 +357,7 @@ class Selection:
 
     def first_choice_counts(self) -> npt.NDArray[np.int64]:
         """How often each expert had the largest weight of a row: int64, of the shape of `counts()`. Reads planes."""
-        into = {layer: np.zeros(self._trace.experts.get(layer, 0), np.int64) for layer in self._empty_layers()}
+        into = {layer: np.zeros(self._trace.experts.get(layer, 0), np.int64) for layer in self.layers}
         for batch in self.batches():
             for layer in batch.layers:
                 ids, weights = batch.column(fmt.IDS, layer), batch.column(fmt.WEIGHTS, layer)
@@ -349,6 +389,8 @@ class Selection:
             parts.append("/".join(fmt.MODALITIES[m] for m in sorted(asked.modalities)))
         if asked.requests is not None:
             parts.append(f"{len(asked.requests)} requests")
+        if asked.runs is not None:
+            parts.append(", ".join(sorted(asked.runs)))
         if not asked.any_time:
             parts.append("part of the time")
         return f"<moe_trace selection of {self._trace.path}: {', '.join(parts) or 'everything'}>"
@@ -362,10 +404,11 @@ def _codes(words: Sequence[str], known: Sequence[str], what: str, old: frozenset
     return codes if old is None else codes & old
 
 
-def _unix_ns(when: datetime | float) -> int:
-    if isinstance(when, datetime):
-        delta = when.astimezone(UTC) - datetime(1970, 1, 1, tzinfo=UTC)
-        return (delta.days * 86400 + delta.seconds) * 10**9 + delta.microseconds * 1000
-    if not math.isfinite(when):
-        raise ValueError(f"{when} is no time")
-    return round(when * 1e9)
+def _unix_ns(when: Moment) -> int:
+    if not isinstance(when, np.datetime64):
+        return unix_ns(when)
+    if np.isnat(when):
+        raise ValueError("NaT is no time")
+    us = int(when.astype("datetime64[us]").astype(np.int64))
+    # Nanoseconds reach from 1678 to 2262; beyond that they would wrap around.
+    return int(when.astype("datetime64[ns]").astype(np.int64)) if abs(us) < 9 * 10**15 else us * 1000

@@ -29,7 +29,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("MOE_NATIVE_FIELDS", "fields", "columns to record: ids, weights, logits, hidden, tokens", "ids,weights"),
     Setting("MOE_NATIVE_LAYERS", "layers", "layers to record, as in 0,4-7; all when not set", ""),
     Setting("MOE_NATIVE_MAX_BYTES", "max_bytes", "room for the whole trace; the oldest segments are deleted", ""),
-    Setting("MOE_NATIVE_RING_BYTES", "ring_bytes", "size of the ring in memory, for each recording process", "64MiB"),
+    Setting(
+        "MOE_NATIVE_RING_BYTES",
+        "ring_bytes",
+        "size of the ring in memory, up to 1 GiB, for each recording process",
+        "64MiB",
+    ),
     Setting("MOE_NATIVE_RING_DIR", "ring_dir", "where the ring lies", "/dev/shm"),
     Setting("MOE_NATIVE_OVERFLOW", "overflow", "when the ring is full: drop (count the loss) or block (wait)", "drop"),
     Setting("MOE_NATIVE_WEIGHTS_DTYPE", "weights_dtype", "how weights are stored: float16 or exact", "float16"),

@@ -123,7 +123,7 @@ def info(out: Console, of: dict[str, Any]) -> None:
 
 def finding(out: Console, status: str, what: str, todo: str) -> None:
     """Print one line of the doctor's report, and below it what to do."""
-    colour = {"ok": "green", "warning": "yellow", "problem": "red"}[status]
+    colour = {"ok": "green", "warning": "yellow", "lossy": "red", "problem": "red"}[status]
     text = Text(f"{status:<8}", style=colour).append(f" {_clean(what)}", style="default")
     out.print(text)
     if todo:

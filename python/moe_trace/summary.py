@@ -12,7 +12,7 @@ The object (`"format": "moe-native summary"`, `"version": 1`; later versions may
 | `coverage` | `{"exact", "derived", "missed", "skipped"}`: lists of `{"layer", "name", "detail"}` |
 | `runs`, `ranks` | how many there are |
 | `first_time`, `last_time` | of the whole trace: ISO 8601 in UTC, or null without a step |
-| `selection` | `{"layers", "phase", "since"}` as asked for, null for all |
+| `selection` | `{"layers", "phase", "since", "run"}` as asked for, null for all |
 | `layers` | list, an object for each layer that was recorded and selected; below |
 | `all` | over these layers; below |
 
@@ -54,7 +54,7 @@ def summarize(
     selection cuts through blocks (by time or request).
     """
     stats = selection.stats()
-    ledger = {entry.layer: entry for entry in trace.layers}
+    ledger = {entry.layer: entry for entry in trace.coverage}
     layers: list[dict[str, Any]] = []
     counts: list[npt.NDArray[np.int64]] = []
     for layer in sorted(stats):
@@ -76,7 +76,7 @@ def summarize(
         "path": str(trace.path),
         "model": trace.metadata.get("model"),
         **standing(trace),
-        "selection": {"layers": None, "phase": None, "since": None, **asked},
+        "selection": {"layers": None, "phase": None, "since": None, "run": None, **asked},
         "layers": layers,
         "all": of_all(layers, counts),
     }
@@ -86,7 +86,7 @@ def summarize(
 def standing(trace: Trace) -> dict[str, Any]:
     """How whole a trace is: the keys `state` to `last_time` of the object above."""
     coverage: dict[str, list[dict[str, Any]]] = {status: [] for status in STATUSES}
-    for entry in sorted(trace.layers, key=lambda entry: entry.layer):
+    for entry in trace.coverage:
         item = {"layer": entry.layer, "name": entry.name, "detail": entry.detail}
         coverage.setdefault(entry.status, []).append(item)
     return {

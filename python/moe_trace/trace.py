@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -13,31 +13,11 @@ from typing import Any
 from moe_trace import format as fmt
 from moe_trace.batch import Filter
 from moe_trace.errors import NotATrace, TraceError, TraceNotFound
-from moe_trace.rank import Rank, Request, segment_paths
+from moe_trace.rank import Layer, Rank, Request
+from moe_trace.segment import segment_paths
 from moe_trace.select import Selection
 
 _STATUSES = ("missed", "derived", "exact", "skipped")  # where ranks or runs differ, the first of these is what is said
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What the trace says of one MoE layer: the coverage ledger.
-
-    Attributes:
-        layer: the model's own index.
-        name: of the module.
-        experts, top_k: as the recorder was told; 0 where it could not be.
-        status: `exact`; `derived` (ids computed from logits); `missed` (not recorded, `detail` says why); `skipped`
-            (not asked for).
-        detail: a remark.
-    """
-
-    layer: int
-    name: str
-    experts: int
-    top_k: int
-    status: str
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -71,9 +51,13 @@ class Trace(Selection):
     """
 
     def __init__(self, path: Path, runs: list[Run]) -> None:
-        super().__init__(self, Filter())
+        self._asked = Filter()
         self.path = path
         self.runs = runs
+
+    @property
+    def _trace(self) -> Trace:
+        return self  # an attribute would be a cycle, and keep what is mapped until the garbage is collected
 
     @property
     def ranks(self) -> list[Rank]:
@@ -86,42 +70,31 @@ class Trace(Selection):
         return self.ranks[-1].metadata if self.ranks else {}
 
     @cached_property
-    def layers(self) -> list[Layer]:
-        """The coverage ledger, ascending by layer."""
+    def coverage(self) -> list[Layer]:
+        """The coverage ledger, ascending by layer. Where ranks or runs differ, it says the worst: a layer that one of
+        them missed is missed, although the others' rows are there.
+        """
         found: dict[int, Layer] = {}
-        for rank in self.ranks:
-            entries = rank.metadata.get("layers")
-            for entry in entries if isinstance(entries, list) else ():
-                if not isinstance(entry, dict) or not _small(entry.get("layer")):
-                    continue
-                experts, top_k = (entry[key] if _small(entry.get(key)) else 0 for key in ("experts", "top_k"))
-                name, status, detail = (str(entry.get(key, "")) for key in ("name", "status", "detail"))
-                new = Layer(entry["layer"], name, experts, top_k, status, detail)
-                old = found.get(new.layer)
-                if old is None or _rank_of(new.status) <= _rank_of(old.status):
-                    found[new.layer] = new
+        for new in (entry for rank in self.ranks for entry in rank.coverage):
+            old = found.get(new.layer)
+            if old is None or _rank_of(new.status) <= _rank_of(old.status):
+                found[new.layer] = new
         return [found[layer] for layer in sorted(found)]
-
-    @cached_property
-    def recorded_layers(self) -> tuple[int, ...]:
-        """The layers that have rows, or would have: in the ledger as recorded, or in a block."""
-        ledger = {entry.layer for entry in self.layers if entry.status in ("exact", "derived")}
-        if ledger:
-            return tuple(sorted(ledger))
-        return tuple(sorted({layer for rank in self.ranks for layer in rank.layers}))
 
     @cached_property
     def experts(self) -> Mapping[int, int]:
         """Number of experts of each layer, where it is known."""
-        return {entry.layer: entry.experts for entry in self.layers if entry.experts}
+        return {entry.layer: entry.experts for rank in self.ranks for entry in rank.ledger if entry.experts}
 
     @cached_property
     def requests(self) -> Mapping[str, Request]:
-        """The requests by the names that their users know, in the order of their appearance."""
+        """The requests by the names that their users know, in the order of their appearance. A name that several runs
+        have stands for all of their requests: `Request.runs` says so, and `.run(…)` tells them apart.
+        """
         found: dict[str, Request] = {}
-        for rank in self.ranks:
-            for request in rank.requests.values():
-                found[request.id] = request
+        for request in (request for rank in self.ranks for request in rank.requests.values()):
+            runs = found[request.id].runs if request.id in found else ()
+            found[request.id] = replace(request, runs=tuple(dict.fromkeys(runs + request.runs)))
         return found
 
     @cached_property
@@ -155,7 +128,7 @@ class Trace(Selection):
     @property
     def complete(self) -> bool:
         """Whether it has everything: no loss, no problem, no layer missed."""
-        return not self.losses and not self.problems and all(entry.status != "missed" for entry in self.layers)
+        return not self.losses and not self.problems and all(entry.status != "missed" for entry in self.coverage)
 
     @cached_property
     def _times(self) -> tuple[int, int] | None:
@@ -175,8 +148,7 @@ class Trace(Selection):
     def __repr__(self) -> str:
         model = self.metadata.get("model") or "unknown model"
         whole = "complete" if self.complete else "INCOMPLETE"
-        layers = len(self.recorded_layers)
-        size = f"{self.rows:,} rows x {layers} layers, {len(self.runs)} runs"
+        size = f"{self.rows:,} rows x {len(self.layers)} layers, {len(self.runs)} runs"
         return f"<moe_trace.Trace {self.path}: {model}, {size}, {self.state}, {whole}>"
 
 
@@ -195,12 +167,13 @@ def open(path: str | os.PathLike[str]) -> Trace:
     Where only some segments of a directory cannot be read, the others are, and `problems` says which.
     """
     path = Path(path)
+    here = path.absolute()  # its runs need their names, even in "."
     if not path.exists():
         raise TraceNotFound(f"there is no {path}. Give the directory that MOE_NATIVE_TRACE named, or a .moe file in it")
     try:
         if path.is_file():
-            return _readable(Trace(path, [Run(path.parent.parent, [Rank(path.parent, path)])]))
-        for runs in (_runs_of(path), [Run(path, _ranks_of(path))], [Run(path.parent, _rank_at(path))]):
+            return _readable(Trace(path, [Run(here.parent.parent, [Rank(path.parent, path)])]))
+        for runs in (_runs_of(path), [Run(here, _ranks_of(path))], [Run(here.parent, _rank_at(path))]):
             if any(run.ranks for run in runs):
                 return _readable(Trace(path, [run for run in runs if run.ranks]))
     except PermissionError as error:
@@ -235,10 +208,6 @@ def _rank_at(directory: Path) -> list[Rank]:
     if (directory / "rank.json").exists() or segment_paths(directory):
         return [Rank(directory)]
     return []
-
-
-def _small(value: Any) -> bool:
-    return isinstance(value, int) and 0 <= value <= fmt.NO_LAYER
 
 
 def _rank_of(status: str) -> int:

@@ -1,10 +1,14 @@
-"""Numbers of bytes, as users write and read them."""
+"""Numbers of bytes and moments, as users write and read them."""
 
 from __future__ import annotations
 
+import math
 import re
+import time
+from datetime import UTC, datetime
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def parse_bytes(text: str) -> int:
@@ -26,3 +30,31 @@ def format_bytes(count: float) -> str:
     while unit < len(UNITS) - 1 and count >= (1023.5 if unit else 1024):
         count, unit = count / 1024, unit + 1
     return f"{count:.0f} {UNITS[unit]}" if unit == 0 or count >= 100 else f"{count:.3g} {UNITS[unit]}"
+
+
+def unix_ns(when: datetime | str | float) -> int:
+    """A moment in Unix nanoseconds: a datetime or an ISO time (local where they name no zone), or Unix seconds. Raises
+    ValueError for what is no moment, TypeError for what is none of these.
+    """
+    try:
+        moment = datetime.fromisoformat(when) if isinstance(when, str) else when
+        if not isinstance(moment, datetime):
+            seconds = math.floor(moment)
+            return seconds * 10**9 + round((moment - seconds) * 1e9)
+        delta = moment.astimezone(UTC) - datetime(1970, 1, 1, tzinfo=UTC)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{when!r} is no time: give Unix seconds, or an ISO time such as 2026-11-21T10:15") from None
+    return (delta.days * 86400 + delta.seconds) * 10**9 + delta.microseconds * 1000
+
+
+def since(when: str) -> int:
+    """The moment that is `30s`, `10m`, `2h`, `1d` ago, or that an ISO time names, in Unix nanoseconds. Raises
+    ValueError for anything else.
+    """
+    age = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", when)
+    try:
+        return unix_ns(time.time() - float(age[1]) * SECONDS[age[2]] if age else when)
+    except ValueError:
+        raise ValueError(
+            f"{when!r} is no time: write 30s, 10m, 2h, 1d or an ISO time such as 2026-11-21T10:15"
+        ) from None

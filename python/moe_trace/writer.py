@@ -72,7 +72,8 @@ class _Entries:
             plane = planes[:, byte].tobytes()
             self.add(field, plane, rows=rows, layer=layer, dtype=code, byte=byte, width=width, first_row=first_row)
 
-    def block(self, **header: Any) -> bytes:
+    def block(self, reach: int = 0, **header: Any) -> bytes:
+        """The block without the padding that makes it `reach` bytes long or, as a multiple of 64, a little longer."""
         directory = np.array(self._rows, fmt.ENTRY)
         body_at = fmt.align(fmt.BLOCK.itemsize + directory.nbytes)
         directory["offset"] += body_at
@@ -80,7 +81,8 @@ class _Entries:
         size = fmt.align(body_at + self._size)
         head = np.zeros(1, fmt.BLOCK)
         values = {
-            "magic": b"MOEB", "header_size": fmt.BLOCK.itemsize, "entries": len(directory), "block_bytes": size,
+            "magic": b"MOEB", "header_size": fmt.BLOCK.itemsize, "entries": len(directory),
+            "block_bytes": max(size, fmt.align(reach)),
             "directory_stored": len(raw), "directory_raw": len(raw), "directory_crc": zlib.crc32(raw), **header,
         }  # fmt: skip
         for name, value in values.items():
@@ -136,7 +138,7 @@ class SegmentWriter:
         self.path = segment.path.with_suffix("") if segment.path.suffix == ".open" else segment.path
         losses = segment.losses
         self._start(segment.whole_to, np.zeros(0, fmt.TABLES[fmt.LOSSES]) if losses is None else losses)
-        for block in segment.blocks:
+        for block in segment.blocks():
             self._index += block.index_items
             self._next_block = max(self._next_block, block.number + 1)
             if block.complete:
@@ -196,10 +198,11 @@ class SegmentWriter:
                 sums.add_rows(layer, classes, values, columns.get((fmt.WEIGHTS, layer)))
         for piece in rest:
             entries.column(piece.field, piece.layer, piece.load(), piece.dtype, piece.first_row)
-        first, last = (steps[0], steps[-1]) if len(steps) else (np.zeros((), steps.dtype), np.zeros((), steps.dtype))
+        # Steps ascend; their times need not, for a clock may be set back.
+        numbers, times = (steps[name] if len(steps) else np.zeros(1, np.int64) for name in ("step", "time_ns"))
         span = {
-            "steps": len(steps), "rows": rows, "first_step": int(first["step"]), "last_step": int(last["step"]),
-            "first_time_ns": int(first["time_ns"]), "last_time_ns": int(last["time_ns"]),
+            "steps": len(steps), "rows": rows, "first_step": int(numbers[0]), "last_step": int(numbers[-1]),
+            "first_time_ns": int(times.min()), "last_time_ns": int(times.max()),
         }  # fmt: skip
         self._add(entries, steps, runs, sums, notes, lanes, losses, span, fragments)
 
@@ -263,13 +266,16 @@ class SegmentWriter:
         entries.table(fmt.LOSSES, self._losses)
         footer_at = self._end
         span = {"first_step": self._index[0][5], "last_step": self._index[-1][6]} if self._index else {}
-        self._append(entries.block(kind=fmt.FOOTER_BLOCK, number=self._next_block, **span))
+        # A reader may have the file mapped, so it must not become shorter: what a crash left torn behind the last whole
+        # block becomes padding of the footer.
+        torn = os.fstat(self._file).st_size - fmt.TRAILER.itemsize - footer_at
+        footer = entries.block(reach=torn, kind=fmt.FOOTER_BLOCK, number=self._next_block, **span)
+        self._append(footer)
+        self._end = max(self._end, footer_at + fmt.align(torn))
         trailer = np.zeros(1, fmt.TRAILER)
         trailer["footer_offset"], trailer["file_bytes"] = footer_at, self._end + fmt.TRAILER.itemsize
         trailer["magic"], trailer["crc"] = b"MOEFOOT1", zlib.crc32(trailer.tobytes()[:20])
         self._write(trailer.tobytes(), self._end)
-        # What a crash left torn behind it. Not before now: readers may have the file mapped.
-        os.ftruncate(self._file, self._end + fmt.TRAILER.itemsize)
         os.fdatasync(self._file)
         os.close(self._file)
         os.rename(self._open_path, self.path)

@@ -149,13 +149,14 @@ class Block:
 
     def header(self, block_bytes, stored, raw, crc, codec):
         first, last = (self.steps[0], self.steps[-1]) if self.steps else (None, None)
+        times = [step.time_ns for step in self.steps] if self.kind != 3 else []
         head = struct.pack(
             "<4sIBBHIQQQQIIqqIIII36x",
             b"MOEB", 128, self.kind, codec, 0, len(self.entries), block_bytes, self.number,
             first.number if first else 0, last.number if last else 0,
             len(self.steps) if self.count_steps is None else self.count_steps,
             0 if self.count_steps == 0 else sum(step.rows for step in self.steps),
-            first.time_ns if first and self.kind != 3 else 0, last.time_ns if last and self.kind != 3 else 0,
+            min(times, default=0), max(times, default=0),
             stored, raw, crc, self.fragments,
         )  # fmt: skip
         return head + struct.pack("<I", zlib.crc32(head))

@@ -133,7 +133,7 @@ def test_summary_json_is_what_numpy_says(trace):
 @pytest.mark.parametrize(("phase", "code"), [("prefill", 1), ("decode", 2)])
 def test_summary_of_some_layers_and_a_phase(trace, phase, code):
     of = json.loads(ok("summary", trace, "--json", "--layer", "0,5", "--phase", phase))
-    assert of["selection"] == {"layers": [0, 5], "phase": phase, "since": None}
+    assert of["selection"] == {"layers": [0, 5], "phase": phase, "since": None, "run": None}
     mask = sb.per_row(STEPS, "class") & 3 == code
     assert 0 < mask.sum() < len(mask)
     for layer, number in zip(of["layers"], (0, 5), strict=True):
@@ -224,17 +224,39 @@ def test_info_of_a_crash_has_what_the_ring_has(tmp_path):
     step = sb.Step(0, [(0, 0, 3, sb.PREFILL, 0)], {0: {"ids": ids, "weights": np.ones((3, 4), np.float16)}})
     ring.whole(step)
     place = ring.write(tmp_path / "moe-native-0123456789abcdef.ring")
-    path = write(
-        tmp_path / "t", segments=[sb.segment([], META, closed=False)], closed=False, ring=place, owner=ring.owner
-    )
+    metadata = {**META, "layers": sb.ledger((0,))}
+    segments = [sb.segment([], metadata, closed=False)]
+    path = write(tmp_path / "t", metadata=metadata, segments=segments, closed=False, ring=place, owner=ring.owner)
     of = json.loads(ok("info", path, "--json"))
     assert (of["state"], of["steps"], of["rows"]) == ("crashed", 1, 3)
     assert (of["rank_list"][0]["ring_steps"], of["rank_list"][0]["ring_rows"]) == (1, 3)
     assert "in its ring" in ok("info", path) and "to be recovered" in ok("info", path)
-    assert "recovered 1 steps (3 rows)" in ok("recover", path)
+    assert ok("recover", path) == "recovered 1 step (3 rows) of a process that died\n"
     of = json.loads(ok("info", path, "--json"))
     assert (of["state"], of["steps"], of["rows"]) == ("closed", 1, 3)
     assert of["rank_list"][0]["ring_steps"] == 0
+
+
+def test_info_counts_a_step_that_was_written_in_pieces_once(tmp_path):
+    (big,), notes = sb.make_steps([50], layers=LAYERS)
+    pieces = [sb.fragment(big, [(layer, first, 20) for layer in LAYERS], i) for i, first in enumerate((0, 20))]
+    last = sb.completing(big, [(layer, 40, 10) for layer in LAYERS], 2, 2, notes=notes)
+    path = write(tmp_path / "t", segments=[sb.segment([*pieces, last], META)])
+    of = json.loads(ok("info", path, "--json"))
+    assert (of["steps"], of["rows"]) == (1, 50)
+    (segment,) = of["rank_list"][0]["segments"]
+    assert (segment["blocks"], segment["steps"], segment["rows"]) == (3, 1, 50)
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", '{"a": [NaN]}'])
+def test_numbers_that_are_no_json(tmp_path, value):
+    path = write(tmp_path / "t", metadata={**META, "odd": 123456})
+    for file in path.rglob("rank.json"):
+        file.write_text(file.read_text().replace("123456", value))
+    expected = {"a": [None]} if "{" in value else None
+    assert json.loads(ok("info", path, "--json"), parse_constant=pytest.fail)["metadata"]["odd"] == expected
+    ok("summary", path, "--json")
+    assert "odd" in ok("info", path)
 
 
 # -- plot
@@ -343,6 +365,41 @@ def test_a_damaged_block_is_left_out_and_said(tmp_path):
     assert len(lines_of(ok("export", path, "-o", "-", "--layer", "0"))[1]) == 103
 
 
+@pytest.mark.parametrize("arguments", [["--request", "a"], ["--since", "2027-01-15T08:00:02Z"], ["--phase", "decode"]])
+@pytest.mark.parametrize("field", [sb.IDS, sb.RUNS])
+def test_a_damaged_block_does_not_keep_the_rest_of_a_part_back(tmp_path, arguments, field):
+    whole = write(tmp_path / "whole")
+    wanted = [r for r in lines_of(ok("export", whole, "-o", "-", *arguments))[1] if r["layer"] == 1]
+    made = blocks()
+    stored = next(e.stored for e in made[1].entries if e.head[0] == field)
+    data = bytearray(sb.segment(made, META))
+    data[data.index(stored)] ^= 1
+    path = write(tmp_path / "t", segments=[bytes(data)])
+    done = run("export", path, "-o", "-", *arguments)
+    assert done.returncode == 3 and "left out" in done.stderr
+    found = [r for r in lines_of(done.stdout)[1] if r["layer"] == 1]
+    assert found == wanted[: len(found)] and 0 < len(found) < len(wanted)
+
+
+def test_export_of_two_runs_says_whose_the_lines_are(tmp_path):
+    for name, steps in (("run-1", STEPS[:2]), ("run-2", STEPS[2:5])):
+        data = sb.segment([sb.rows_block(steps, notes=NOTES)], META)
+        sb.write_rank(tmp_path / "t" / name / "rank-0", [data], metadata=META)
+    _, routes = lines_of(ok("export", tmp_path / "t", "-o", "-", "--layer", "0"))
+    assert [r["run"] for r in routes] == ["run-1"] * 45 + ["run-2"] * 40
+    assert all(set(r) == {"type", "run", "req_id", "token_idx", "layer", "topk_ids", "topk_weights"} for r in routes)
+    done = run("export", tmp_path / "t", "-o", "-", "--request", "a")
+    assert done.returncode == 0
+    assert done.stderr == (
+        "moe-native: request 'a' is in 2 runs, run-1 to run-2: the rows of all of them are selected; --run takes one\n"
+    )
+    of_one = lines_of(ok("export", tmp_path / "t", "-o", "-", "--request", "a", "--run", "-1", "--layer", "0"))[1]
+    assert of_one == [r for r in routes if r["run"] == "run-2" and r["req_id"] == "a"]
+    of = json.loads(ok("summary", tmp_path / "t", "--json", "--run", "run-1"))
+    assert of["selection"]["run"] == "run-1" and of["layers"][0]["rows"] == 45
+    assert "run-1, run-2" in failed("summary", tmp_path / "t", "--run", "2", code=2)
+
+
 def test_a_failed_export_leaves_nothing_under_the_name(trace, tmp_path, monkeypatch, capsys):
     (tmp_path / "rows.jsonl").write_text("of yesterday")
 
@@ -365,6 +422,13 @@ def test_a_full_disk_under_stdout(trace, arguments):
     assert done.returncode == 1 and "No space left" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("arguments", [["summary"], ["summary", "--json"], ["export", "-o", "-"], ["info"]])
+def test_a_closed_stdout(trace, arguments):
+    command = [sys.executable, "-m", "moe_trace", arguments[0], str(trace), *arguments[1:]]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], capture_output=True, text=True, env=ENV)
+    assert (done.returncode, done.stderr) == (1, "moe-native: standard output is closed\n")
+
+
 # -- recover
 
 
@@ -376,6 +440,8 @@ def test_recover(trace, tmp_path):
     assert done.returncode == 3 and "recovered" in done.stdout and "torn" in done.stdout
     assert [file.name for file in path.rglob("*.moe*")] == ["000000.moe"]
     assert json.loads(run("summary", path, "--json").stdout)["layers"][0]["rows"] == 103
+    (tmp_path / "empty").mkdir()
+    assert "nothing to recover" in ok("recover", tmp_path / "empty")
 
 
 # -- usage, errors, terminals and pipes
@@ -394,6 +460,7 @@ def test_recover(trace, tmp_path):
         ["summary", "TRACE", "--layer", "3"],
         ["summary", "TRACE", "--phase", "warm-up"],
         ["summary", "TRACE", "--since", "yesterday"],
+        ["summary", "TRACE", "--run", "of yesterday"],
         ["export", "TRACE"],
         ["export", "TRACE", "-o", "-", "--format", "xml"],
         ["plot", "TRACE", "--nonsense"],
@@ -404,7 +471,7 @@ def test_usage_is_exit_code_2(trace, arguments):
 
 
 def test_a_layer_that_is_not_there_says_which_are(trace, lossy):
-    assert "which has 0-1, 5" in failed("summary", trace, "--layer", "3", code=2)
+    assert "which has layers 0, 1, 5" in failed("summary", trace, "--layer", "3", code=2)
     assert "layer 7 was missed: a fused kernel" in failed("plot", lossy, "--layer", "7", code=2)
 
 

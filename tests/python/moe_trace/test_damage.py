@@ -40,6 +40,7 @@ def everything(trace, counted=True):
         "part": lambda: trace.layer(0).prefill().counts(),
         "times": lambda: (trace.first_time, trace.last_time),
         "layers": lambda: trace.layers,
+        "coverage": lambda: trace.coverage,
         "losses": lambda: trace.losses,
         "requests": lambda: trace.requests,
         "metadata": lambda: trace.metadata,

@@ -293,7 +293,7 @@ def test_a_whole_trace(tmp_path):
 
 def test_missed_layers_are_grouped_by_their_reason(tmp_path):
     ledger = [*sb.ledger(), *(entry(i, "missed", "a fused kernel") for i in (4, 5, 6)), entry(7, "missed", "no logits")]
-    found = only(findings(doctor.check_trace, trace_of(tmp_path / "t", [*ledger, entry(8, "skipped")])), "problem")
+    found = only(findings(doctor.check_trace, trace_of(tmp_path / "t", [*ledger, entry(8, "skipped")])), "lossy")
     assert [f.what for f in found] == ["layer 4-6 missed: a fused kernel", "layer 7 missed: no logits"]
 
 
@@ -311,7 +311,7 @@ def test_nothing_was_recorded(tmp_path):
 @pytest.mark.parametrize("cause", range(len(sb.CAUSES)))
 def test_every_loss_has_a_remedy(tmp_path, cause):
     found = findings(doctor.check_trace, trace_of(tmp_path / "t", sb.ledger(), losses=[(cause, 1, 2, 30)]))
-    (lost,) = only(found, "problem")
+    (lost,) = only(found, "lossy")
     assert lost.what == f"lost 1 steps, 2 layers, 30 rows: {sb.CAUSES[cause]}"
     assert lost.todo == doctor.REMEDIES[sb.CAUSES[cause]]
 
@@ -322,7 +322,7 @@ def test_a_process_that_died(tmp_path):
     assert "died" in dead.what and dead.todo == f"moe-native recover {tmp_path / 't' / 'run-1' / 'rank-0'}"
 
 
-def test_the_command_is_1_for_a_problem_and_0_for_none(tmp_path, monkeypatch, capsys):
+def test_the_command_is_1_for_a_problem_3_for_a_lossy_trace_and_0_for_neither(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "check_package", lambda env: iter([doctor.Finding("ok", "a recorder")]))
     monkeypatch.setattr(doctor, "check_vllm", lambda env: iter([doctor.Finding("warning", "no vLLM", "install it")]))
     monkeypatch.setenv("MOE_NATIVE_TRACE", str(tmp_path / "new"))
@@ -331,3 +331,5 @@ def test_the_command_is_1_for_a_problem_and_0_for_none(tmp_path, monkeypatch, ca
     assert printed[:3] == ["ok       a recorder", "warning  no vLLM", "         → install it"]
     assert cli.main(["doctor", str(trace_of(tmp_path / "b", sb.ledger(), steps=False))]) == 1
     assert "problem  " in capsys.readouterr().out
+    assert cli.main(["doctor", str(trace_of(tmp_path / "c", sb.ledger(), losses=[(0, 1, 2, 30)]))]) == 3
+    assert "lossy    lost 1 steps" in capsys.readouterr().out

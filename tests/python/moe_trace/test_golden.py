@@ -20,6 +20,6 @@ def test_the_golden_trace_is_read_as_it_was_written():
 def test_its_losses_and_its_hole_are_told():
     trace = moe_trace.open(GOLDEN / "trace")
     assert trace.losses["aborted"].steps == 1 and trace.losses["aborted"].rows == 3
-    assert [layer.detail for layer in trace.layers if layer.status == "missed"] == ["its kernel hides the routing"]
+    assert [layer.detail for layer in trace.coverage if layer.status == "missed"] == ["its kernel hides the routing"]
     assert (trace.layer(0).flags & 2).astype(bool).tolist() == [False] * 8 + [True] + [False] * 4
     assert trace.state == "closed" and trace.problems == [] and not trace.complete

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import ring_bytes as rb
@@ -14,6 +16,92 @@ import segment_bytes as sb
 from crashes import META, Crash, both_ways, check, request_notes
 
 import moe_trace
+from moe_trace import owner
+
+
+def files(path):
+    return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@contextmanager
+def held_by_another(directory):
+    """Another process that holds the directory as a recorder does."""
+    code = (
+        "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); "
+        "print('held', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, directory], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout.readline() == b"held\n"
+        yield
+        child.stdin.close()
+
+
+def test_an_owner_of_whom_only_the_directory_is_seen_is_left_alone(tmp_path):
+    """As from another container: its process id means nothing here, its ring lies in a /dev/shm of its own."""
+    steps, notes = sb.make_steps([5, 6])
+    crash = Crash(tmp_path, [sb.segment([sb.rows_block(steps[:1], notes=notes)], META, closed=False)])
+    crash.ring.whole(steps[1])
+    crash.write()
+    hidden = crash.path.rename(tmp_path / "not seen")
+    with held_by_another(crash.directory):
+        before = files(crash.trace)
+        trace = moe_trace.open(crash.trace)
+        assert (trace.state, trace.rows, trace.problems) == ("live", 5, [])
+        report = moe_trace.recover(crash.trace)
+        assert (report.ranks, report.problems) == ([], []) and files(crash.trace) == before
+        hidden.rename(crash.path)
+    both_ways(crash, steps)
+
+
+def test_whether_an_owner_lives_is_asked_without_keeping_its_lock(tmp_path):
+    crash = Crash(tmp_path)
+    crash.write()
+    assert moe_trace.open(crash.trace).state == "crashed"
+    with owner.hold(crash.directory) as mine:
+        assert mine and owner.held(crash.directory)
+        with owner.hold(crash.directory) as second:
+            assert not second
+        assert moe_trace.open(crash.trace).state == "live", "of whoever recovers it"
+    assert not owner.held(crash.directory)
+
+
+def test_a_reader_that_looks_does_not_keep_a_recovery_away(tmp_path, monkeypatch):
+    steps, notes = sb.make_steps([5])
+    crash = Crash(tmp_path)
+    crash.ring.whole(steps[0], *request_notes(notes))
+    crash.write()
+    reader = os.open(crash.directory, os.O_RDONLY)
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    pauses = []
+
+    def reader_is_done(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            fcntl.flock(reader, fcntl.LOCK_UN)
+
+    monkeypatch.setattr(owner.time, "sleep", reader_is_done)
+    assert moe_trace.recover(crash.trace).ranks == [crash.directory] and 0 < sum(pauses) < 0.1
+    os.close(reader)
+    check(moe_trace.open(crash.trace), steps)
+
+
+def test_where_nobody_can_lock_nothing_is_touched(tmp_path, monkeypatch):
+    steps, notes = sb.make_steps([5])
+    crash = Crash(tmp_path)
+    crash.ring.whole(steps[0], *request_notes(notes))
+    crash.write()
+
+    def unsupported(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(owner.fcntl, "flock", unsupported)
+    before = files(tmp_path)
+    check(moe_trace.open(crash.trace), steps)  # readers go by the other signs
+    (problem,) = moe_trace.recover(crash.trace).problems
+    assert str(crash.directory) in problem and "cannot be locked (Operation not supported)" in problem
+    assert files(tmp_path) == before
 
 
 def test_the_ring_of_a_living_owner_is_left_alone(tmp_path):

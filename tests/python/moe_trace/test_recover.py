@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 import segment_bytes as sb
@@ -39,15 +40,20 @@ def _with_a_fragment(steps, notes, ends):
 
 @pytest.mark.parametrize("written", [_in_a_segment, _with_a_fragment])
 def test_recovery_is_exactly_once_when_it_is_killed_on_its_way(tmp_path, monkeypatch, written):
-    """Whatever system call a recoverer dies at, the next one finishes, and every row is there once."""
+    """Whatever system call a recoverer dies at, the next one finishes, and every row is there once: for whoever opens
+    the trace then, and for whoever had it open.
+    """
     steps, notes = sb.make_steps([5, 6, 7, 2, 9])
-    calls = ("pwrite", "rename", "replace", "unlink", "fdatasync", "ftruncate")
+    calls = ("pwrite", "rename", "replace", "unlink", "fdatasync")
     for n in range(200):
         crash = Crash(tmp_path / str(n))
         (tmp_path / str(n)).mkdir()
         ends = [crash.ring.whole(step, *request_notes(notes if i == 0 else [])) for i, step in enumerate(steps)]
         crash.segments = [sb.segment(written(steps, notes, ends), META, closed=False)]
         crash.write()
+        readers = [moe_trace.open(crash.trace) for _ in range(3)]
+        assert readers[0].state == "crashed" and len(readers[1].ranks[0].segments) == 1
+        check(readers[2], steps)
         left = iter(range(n))
         with monkeypatch.context() as patch:
             for name in calls:
@@ -58,8 +64,10 @@ def test_recovery_is_exactly_once_when_it_is_killed_on_its_way(tmp_path, monkeyp
             except Killed:
                 finished = False
         check(moe_trace.open(crash.trace), steps)
+        check(readers[n % 2], steps)
         moe_trace.recover(crash.trace)
-        check(moe_trace.open(crash.trace), steps)
+        for trace in (moe_trace.open(crash.trace), *readers):
+            check(trace, steps)
         assert not crash.path.exists() and moe_trace.open(crash.trace).state == "closed"
         if finished:
             assert n >= 3, "the calls of recovery were not counted"
@@ -93,3 +101,48 @@ def test_two_recoverers_do_not_race(tmp_path):
     assert errors.empty()
     check(moe_trace.open(crash.trace), steps)
     assert sorted(p.name for p in crash.directory.iterdir()) == ["000000.moe", "rank.json"]
+
+
+def test_a_reader_that_has_the_trace_open_does_not_mind(tmp_path):
+    steps, notes = sb.make_steps([5, 6])
+    crash = Crash(tmp_path)
+    for i, step in enumerate(steps):
+        crash.ring.whole(step, *request_notes(notes if i == 0 else []))
+    crash.write()
+    trace = moe_trace.open(crash.trace)
+    assert trace.state == "crashed"
+    moe_trace.recover(crash.trace)
+    check(trace, steps)
+    assert trace.complete and moe_trace.open(crash.trace).state == "closed"
+
+
+@pytest.mark.parametrize("torn", [40, 96, 1000, (1 << 20) + 7])
+def test_a_segment_that_a_reader_has_mapped_never_gets_shorter(tmp_path, torn):
+    """Whoever touches a mapped page that was cut off gets SIGBUS. What was torn becomes padding."""
+    steps, notes = sb.make_steps([5, 6, 7])
+    crash = Crash(tmp_path, [sb.segment([sb.rows_block(steps[:2], notes=notes)], META, closed=False)])
+    crash.segments[0] += bytes(128) + os.urandom(torn)  # the body of a block; its header was still to come
+    crash.ring.whole(steps[2])
+    crash.write()
+    path = crash.directory / "000000.moe.open"
+    trace = moe_trace.open(path)
+    assert trace.rows == 11 and trace.problems
+    moe_trace.recover(crash.trace)
+    closed = path.with_suffix("")
+    assert closed.stat().st_size >= len(crash.segments[0])
+    assert trace.rows == 11 and trace.problems
+    again = moe_trace.open(closed)
+    check(again, steps)
+    assert again.complete and again.ranks[0].segments[0].closed
+    (closed.parent / "rank.json").unlink()
+    check(moe_trace.open(crash.trace), steps)
+
+
+def test_a_report_says_what_was_done():
+    directory = Path("t/run-1/rank-0")
+    assert str(moe_trace.Recovery()) == "nothing to recover: no process of this trace died"
+    one = moe_trace.Recovery([directory], 1, 1)
+    assert str(one) == "recovered 1 step (1 row) of a process that died"
+    two = moe_trace.Recovery([directory] * 2, 1000, 2000, ["it is torn"])
+    assert str(two) == "recovered 1,000 steps (2,000 rows) of 2 processes that died\nit is torn"
+    assert str(moe_trace.Recovery(problems=["no lock"])) == "nothing was recovered\nno lock"

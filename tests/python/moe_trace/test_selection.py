@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from datetime import UTC, datetime
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_trace
+from moe_trace.file_block import FileBlock
 
 SIZES = [12, 5, 9, 1, 30, 2, 8, 8]
 STEPS, NOTES = sb.make_steps(SIZES, tokens=True, logits=True, requests=("a", "b", "c"))
@@ -108,10 +111,27 @@ def test_between_takes_seconds_and_datetimes(trace):
     assert np.array_equal(trace.layer(3).between(t0, t1).counts(), np.bincount(expected.ravel(), minlength=60))
 
 
+def test_between_takes_what_times_gives_and_iso_times(trace):
+    when = STEPS[3].time_ns
+    expected = (when <= TIME).sum()
+    iso = datetime.fromtimestamp(when / SECOND, UTC).isoformat()
+    for start in (trace.times[when == TIME][0], np.datetime64(when // SECOND, "s"), iso, iso.replace("+00:00", "Z")):
+        assert trace.between(start, None).rows == expected, start
+    local = datetime.fromtimestamp(when / SECOND)
+    assert trace.between(local, None).rows == trace.between(local.isoformat(), None).rows == expected
+    for far in (np.datetime64("9999-12-31"), 1e30, "9999-12-31T00:00Z"):
+        assert trace.between(far, None).rows == 0 and trace.between(None, far).rows == trace.rows
+    for start in (np.datetime64("NaT"), "soon", float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="is no time"):
+            trace.between(start, None)
+
+
 def test_since(trace):
     """Ages are counted from now; these steps lie in the future of any clock this test runs by, so all are newer."""
     with pytest.raises(ValueError, match="10m"):
         trace.since("soon")
+    for long_ago in ("1000000d", "99999999999999999999d"):
+        assert trace.since(long_ago).rows == trace.rows
     iso = datetime.fromtimestamp(STEPS[4].time_ns / SECOND, UTC).isoformat()
     assert trace.since(iso).rows == (STEPS[4].time_ns <= TIME).sum()
 
@@ -133,6 +153,66 @@ def test_batches_are_the_arrays_in_pieces(trace):
             joined = np.concatenate([getattr(batch, name) for batch in batches])
             assert np.array_equal(joined, getattr(selection, name)), name
     assert max(batch.rows for batch in trace.batches()) <= sum(SIZES[2:5]), "a batch is no more than a block"
+
+
+def test_batches_leave_nothing_behind(tmp_path):
+    """The memory that a pass takes does not grow with the number of blocks."""
+    blocks = []
+    for number in range(60):
+        steps, notes = sb.make_steps([1] * 20, layers=tuple(range(12)), first=20 * number, seed=number)
+        blocks.append(sb.rows_block(steps, number, notes=notes))
+    sb.write_rank(tmp_path / "t" / "run-1" / "rank-0", [sb.segment(blocks)])
+    del blocks, steps, notes
+    trace = moe_trace.open(tmp_path / "t")
+    tracemalloc.start()
+    try:
+        held = []
+        for batch in trace.batches():
+            _ = batch.ids, batch.weights, batch.positions
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert held[-1] - held[9] < 50 * 400, "50 blocks; what was read of one takes 15 kB"
+
+
+def test_a_request_is_counted_where_it_is(tmp_path, monkeypatch):
+    blocks = []
+    for number in range(5):
+        steps, notes = sb.make_steps([8, 8], first=2 * number, seed=number)
+        for step in steps:
+            step.runs[:] = [(int(number > 0), 0, 8, sb.PREFILL, 0)]
+        blocks.append(sb.rows_block(steps, number, notes=notes))
+    path = tmp_path / "000000.moe"
+    path.write_bytes(sb.segment(blocks))
+    trace, read, column = moe_trace.open(path), [], FileBlock.column
+    monkeypatch.setattr(FileBlock, "column", lambda self, *key: read.append(self.number) or column(self, *key))
+    assert trace.request("a").counts().sum() == 16 * 2 * 4
+    assert set(read) == {0}
+
+
+def test_a_damaged_block_can_be_left_out(tmp_path):
+    halves = [sb.rows_block(STEPS[:4], notes=NOTES), sb.rows_block(STEPS[4:], 1)]
+    data = bytearray(sb.segment(halves, {"layers": sb.ledger()}))
+    runs = next(entry.stored for entry in halves[1].entries if entry.head[0] == sb.RUNS)
+    data[data.index(runs)] ^= 1
+    path = tmp_path / "000000.moe"
+    path.write_bytes(data)
+    some, left_out = moe_trace.open(path).request("a"), []
+    with pytest.raises(moe_trace.DamagedTrace):
+        list(some.batches())
+    (batch,) = some.batches(left_out)
+    assert batch.rows == (REQUEST[STEP < 4] == 0).sum()
+    assert left_out[0].startswith("48 rows are left out, their block is damaged: ") and len(left_out) == 1
+
+
+def test_what_was_not_recorded_says_how_to_record_it(tmp_path):
+    steps, _ = sb.make_steps([3], weights=False)
+    path = tmp_path / "000000.moe"
+    path.write_bytes(sb.segment([sb.rows_block(steps)]))
+    for name, fields in (("weights", "ids,weights"), ("logits", "ids,weights,logits")):
+        with pytest.raises(moe_trace.TraceError, match=f"{name} were not recorded.* MOE_NATIVE_FIELDS={fields}$"):
+            getattr(moe_trace.open(path), name)
 
 
 def test_bad_arguments_say_what_is_there(trace):

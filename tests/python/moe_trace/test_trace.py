@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -62,7 +65,42 @@ def test_request_indices_belong_to_their_rank(tmp_path):
 
     assert np.array_equal(trace.layer(0).request("x").ids, rows(a, 0))
     assert np.array_equal(trace.layer(0).request("y").ids, np.concatenate([rows(a, 1), rows(b, 0)]))
-    assert np.array_equal(trace.layer(0).request("z").ids, np.concatenate([rows(b, 1), sb.of_rows(steps, 0)]))
+    with pytest.warns(UserWarning, match="2 runs, run-1 to run-2"):
+        both = trace.layer(0).request("z")
+    assert np.array_equal(both.ids, np.concatenate([rows(b, 1), sb.of_rows(steps, 0)]))
+
+
+def test_requests_of_one_name_in_two_runs_can_be_told_apart(tmp_path, monkeypatch):
+    a, one = simple(requests=("0", "1"), sizes=(4, 3, 5), seed=1)
+    b, two = simple(requests=("0", "2"), sizes=(6, 2), seed=2)
+    for run, data in (("run-1", one), ("run-2", two)):
+        sb.write_rank(tmp_path / "t" / run / "rank-0", [data], metadata=META)
+    trace = moe_trace.open(tmp_path / "t")
+    assert trace.requests["0"].runs == ("run-1", "run-2") and trace.requests["1"].runs == ("run-1",)
+    mine = [sb.of_rows(steps, 3)[sb.per_row(steps, "request") == 0] for steps in (a, b)]
+    with pytest.warns(UserWarning, match="request '0' is in 2 runs") as said:
+        both = trace.request("0").layer(3)
+    assert said[0].filename == __file__
+    assert np.array_equal(both.ids, np.concatenate(mine)), "no row is lost"
+    assert [(batch.run, batch.rank, batch.rows) for batch in both.batches()] == [
+        ("run-1", "rank-0", len(mine[0])),
+        ("run-2", "rank-0", len(mine[1])),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for which, expected in (("run-1", mine[0]), (0, mine[0]), (-1, mine[1]), ("run-2", mine[1])):
+            assert np.array_equal(trace.run(which).request("0").layer(3).ids, expected)
+        trace.request("1", "2")
+    assert trace.run(1).counts().sum() == trace.run(1).rows * 8 == 64 and "run-2" in repr(trace.run(1))
+    assert trace.run(0).run(1).rows == 0
+    for place in ("", "run-1", "run-1/rank-0"):
+        monkeypatch.chdir(tmp_path / "t" / place)
+        here = moe_trace.open(".")
+        assert here.run(0).rows == here.run("run-1").rows == 12 and here.runs[0].name == "run-1"
+        assert here.ranks[0].run == "run-1" and next(here.batches()).rank == "rank-0"
+    for which in ("run-3", 2, -3):
+        with pytest.raises(moe_trace.TraceError, match="run-1, run-2"):
+            trace.run(which)
 
 
 def test_a_live_trace(tmp_path):
@@ -119,12 +157,88 @@ def test_the_coverage_ledger(tmp_path):
     _, data = simple()
     sb.write_rank(tmp_path / "t" / "run-1" / "rank-0", [data], metadata={"layers": layers})
     trace = moe_trace.open(tmp_path / "t")
-    assert [(e.layer, e.name, e.experts, e.top_k, e.status, e.detail) for e in trace.layers] == [
+    assert [(e.layer, e.name, e.experts, e.top_k, e.status, e.detail) for e in trace.coverage] == [
         tuple(x.values()) for x in layers
     ]
     assert not trace.complete, "a missed layer makes a trace incomplete"
-    with pytest.raises(moe_trace.TraceError, match="fused kernel"):
-        trace.layer(5)
+    assert trace.layers == (0, 3) == trace.layer([0, 3]).layers and len(trace.counts()) == 2
+    for layer, why in ((5, "missed: a fused kernel"), (6, "skipped: not asked for"), (7, "not in")):
+        for wanted in (layer, [0, layer]):
+            with pytest.raises(moe_trace.TraceError, match=f"layer {layer} (was|is) {why}"):
+                trace.layer(wanted)
+
+
+def test_a_layer_that_one_run_missed_is_read_from_the_other(tmp_path):
+    a, notes = sb.make_steps([4, 4], layers=(0,))
+    b, _ = sb.make_steps([5, 5], layers=(0, 3), seed=1)
+    missed = {**sb.ledger((3,))[0], "status": "missed", "detail": "it routes by itself"}
+    for run, steps, ledger in (("run-1", a, [*sb.ledger((0,)), missed]), ("run-2", b, sb.ledger())):
+        data = sb.segment([sb.rows_block(steps, notes=notes)], {"layers": ledger})
+        sb.write_rank(tmp_path / "t" / run / "rank-0", [data], metadata={"layers": ledger})
+    trace = moe_trace.open(tmp_path / "t")
+    assert trace.layers == (0, 3) == tuple(trace.stats()) and len(trace.counts()) == 2
+    assert np.array_equal(trace.layer(3).ids, sb.of_rows(b, 3))
+    assert trace.run(0).layers == (0,) and trace.run(0).ids.shape == (8, 1, 4)
+    with pytest.raises(moe_trace.TraceError, match="it routes by itself"):
+        trace.run(0).layer(3)
+    assert [(entry.layer, entry.status) for entry in trace.coverage] == [(0, "exact"), (3, "missed")]
+    assert not trace.complete
+
+
+def ledger_with(status, **more):
+    return [*sb.ledger(), {**sb.ledger((9,))[0], "status": status, **more}]
+
+
+@pytest.mark.parametrize("status", ["exact", "derived"])
+def test_a_layer_without_a_row_is_missed_whatever_the_ledger_says(tmp_path, status):
+    for name, more, steps in (("silent", {}, 2), ("some steps", {"every_step": False}, 2), ("no steps", {}, 0)):
+        metadata = {"layers": ledger_with(status, **more)}
+        data = sb.segment([sb.rows_block(simple()[0])] if steps else [], metadata)
+        sb.write_rank(tmp_path / name / "run-1" / "rank-0", [data], metadata=metadata)
+        trace = moe_trace.open(tmp_path / name)
+        if name != "silent":
+            assert trace.complete and trace.coverage[-1].status == status
+            assert trace.layers == (0, 3, 9) and trace.layer(9).counts().tolist() == [0] * 60
+            continue
+        (entry,) = (entry for entry in trace.coverage if entry.status == "missed")
+        assert entry.layer == 9 and entry.detail == "not one row in the 2 steps of run-1/rank-0"
+        assert not trace.complete and trace.layers == (0, 3)
+        with pytest.raises(moe_trace.TraceError, match="not one row"):
+            trace.layer(9)
+
+
+def test_what_is_damaged_may_have_had_the_rows(tmp_path):
+    steps = simple()[0]
+    data = bytearray(sb.segment([sb.rows_block(steps[:1]), sb.rows_block(steps[1:], 1)], META, closed=False))
+    data[data.rfind(b"MOEB") + 130] ^= 1  # a directory
+    metadata = {"layers": ledger_with("exact")}
+    sb.write_rank(tmp_path / "t" / "run-1" / "rank-0", [bytes(data)], metadata=metadata, closed=False)
+    trace = moe_trace.open(tmp_path / "t")
+    assert trace.coverage[-1].status == "exact" and "checksum" in " ".join(trace.problems)
+
+
+def test_a_segment_of_another_recording_is_told(tmp_path):
+    _, data = simple(run_id=bytes(16))
+    sb.write_rank(tmp_path / "t" / "run-1" / "rank-0", [data], metadata=META)
+    trace = moe_trace.open(tmp_path / "t")
+    assert trace.rows == 6 and ["000000.moe is of another recording" in problem for problem in trace.problems] == [True]
+
+
+def test_a_segment_that_its_process_gave_up_is_not_one_whose_process_died(tmp_path):
+    """After an error of the disk the recorder leaves the segment as it is and begins another."""
+    _, given_up = simple(closed=False)
+    _, last = simple(3, number=1)
+    for closed in (True, False):
+        rank = sb.write_rank(tmp_path / f"{closed}" / "run-1" / "rank-0", [given_up, last], metadata=META)
+        (rank / "000000.moe").rename(rank / "000000.moe.open")
+        if not closed:
+            (rank / "000001.moe").rename(rank / "000001.moe.open")
+            (rank / "000001.moe.open").write_bytes(last[: len(last) - 300])
+            rank_file = json.loads((rank / "rank.json").read_text())
+            (rank / "rank.json").write_text(json.dumps({**rank_file, "closed": False}))
+        trace = moe_trace.open(tmp_path / f"{closed}")
+        said = ["gave it up after an error" if "gave it up" in problem else "died" for problem in trace.problems]
+        assert said == ["gave it up after an error"] + ["died"] * (not closed)
 
 
 def test_amendments_reach_rows_of_earlier_blocks_and_segments(tmp_path):
@@ -134,12 +248,16 @@ def test_amendments_reach_rows_of_earlier_blocks_and_segments(tmp_path):
         {"type": "amend", "step": 0, "row": 1, "count": 2, "set": ["rejected"]},
         {"type": "amend", "step": 1, "row": 5, "count": 100, "set": ["superseded", "discarded"]},
         {"type": "amend", "step": 77, "row": 0, "count": 1, "set": ["rejected"]},
+        {"type": "amend", "step": 0, "row": -5, "count": 2, "set": ["discarded"]},
+        {"type": "amend", "step": 1, "row": -5, "count": 6, "set": ["discarded"]},
+        {"type": "amend", "step": 1, "row": 1, "count": -9, "set": ["discarded"]},
+        {"type": "amend", "step": 1, "row": 10**40, "count": 10**50, "set": ["discarded"]},
     ]
     first = sb.segment([sb.rows_block(steps, notes=notes)], META)
     second = sb.segment([sb.rows_block(late, 1, notes=more + amend)], META, number=1)
     sb.write_rank(tmp_path / "t" / "run-1" / "rank-0", [first, second])
     trace = moe_trace.open(tmp_path / "t")
-    assert trace.flags.tolist() == [0, 2, 2, 0, *[0] * 5, 12, 0, 0]
+    assert trace.flags.tolist() == [0, 2, 2, 0, 8, *[0] * 4, 12, 0, 0]
 
 
 def test_times(tmp_path):
@@ -173,6 +291,20 @@ def test_a_mapping_outlives_its_file(tmp_path):
     assert trace.rows == 6
     shutil.rmtree(tmp_path / "t")
     assert np.array_equal(trace.layer(0).ids, sb.of_rows(steps, 0))
+
+
+def test_a_trace_gives_its_mappings_back_at_once(tmp_path):
+    _, data = simple()
+    sb.write_rank(tmp_path / "t" / "run-1" / "rank-0", [data])
+    gc.disable()
+    try:
+        trace = moe_trace.open(tmp_path / "t")
+        assert trace.rows == 6 and trace.layer(0).counts().sum() == 24
+        gone = weakref.ref(trace)
+        del trace
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_the_oldest_segments_may_be_missing_but_not_one_between(tmp_path):
@@ -284,7 +416,7 @@ def test_hostile_metadata(tmp_path):
         path.write_bytes(sb.segment([sb.rows_block(steps, notes=notes)], metadata))
         trace = moe_trace.open(path)
         assert np.array_equal(trace.layer(0).ids, sb.of_rows(steps, 0))
-        repr(trace), trace.problems, trace.layers, trace.complete
+        repr(trace), trace.problems, trace.layers, trace.coverage, trace.complete
 
 
 def test_reading_needs_neither_torch_nor_the_recorder(tmp_path):

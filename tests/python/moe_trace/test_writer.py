@@ -51,7 +51,19 @@ def test_what_is_written_reads_back(tmp_path):
         assert np.array_equal(trace.layer(layer).counts(), np.bincount(sb.of_rows(STEPS, layer).ravel(), minlength=60))
     assert np.array_equal(trace.tokens, np.concatenate([s.tokens for s in STEPS]))
     assert trace.losses["ring_full"].rows == 3 and set(trace.requests) == {"a", "b"}
-    assert Segment(path).run_id == "ab" * 16 and Segment(path).ring_id == 7
+    assert Segment(path).run_id == "ab" * 16 and struct.unpack_from("<Q", path.read_bytes(), 48) == (7,)
+
+
+def test_a_block_spans_its_times_when_the_clock_is_set_back(tmp_path):
+    steps, runs = tables(STEPS)
+    steps["time_ns"] = np.array([100, 300, 200]) * 10**9
+    writer = SegmentWriter(tmp_path, metadata=META)
+    writer.add(columns(STEPS), steps, runs)
+    trace = moe_trace.open(writer.close())
+    assert (trace.first_time.timestamp(), trace.last_time.timestamp()) == (100, 300)
+    assert trace.layer(0).between(150, 250).step_numbers.tolist() == [2] * 8
+    assert trace.layer(0).between(250, None).step_numbers.tolist() == [1] * 3
+    assert trace.layer(0).between(250, None).stats()[0].rows == 3
 
 
 def test_it_is_the_same_as_what_the_tables_say(tmp_path):
