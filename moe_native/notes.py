@@ -55,6 +55,10 @@ class Notes:
             self.finish(next(iter(self._requests)))
         return index
 
+    def info(self, id: str) -> dict[str, Any]:
+        """What is known of a request that has not ended."""
+        return self._requests[id][1]
+
     def finish(self, id: str) -> None:
         """The request has ended: its index will not be used again."""
         if id not in self._requests:

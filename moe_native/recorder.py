@@ -329,8 +329,8 @@ class Recorder:
             positions: the absolute positions of the rows in their requests: `[[0, 1, 2], [7]]`, `[range(0, 5), range(0,
                 7)]`, or one int a row; an int array works too. None where they are not known; then `rows` is needed.
             rows: number of rows, where it does not follow from `positions`.
-            prompt_lens: length of each request's prompt, by name; rows below it are prefill, the others decode. A
-                request that is not named has rows of unknown phase.
+            prompt_lens: length of each request's prompt, by name; rows below it are prefill, the others decode. Said
+                once it holds for the request's later steps. Before that, its rows are of unknown phase.
             tokens: `[rows]` token ids, for the field `tokens`.
             modality: of all these rows.
             spans: which rows of the routers' tensors are real, as `(start, count)`; None: the first.
@@ -361,12 +361,13 @@ class Recorder:
         if names is None:
             classes = np.full(rows, row_class("unknown", modality, False), np.uint16)
             return join_rows(np.full(rows, UNKNOWN, np.uint32), positions, classes)
-        index: dict[str, int] = {}
+        known: dict[str, tuple[int, int]] = {}
         for name in dict.fromkeys(names):
             info = {"prompt_len": int(prompt_lens[name])} if name in prompt_lens else {}
-            index[name] = self._notes.request(name, info)
-        requests = np.fromiter((index[name] for name in names), np.uint32, rows)
-        prompts = np.fromiter((prompt_lens.get(name, -1) for name in names), np.int64, rows)
+            index = self._notes.request(name, info)
+            known[name] = index, self._notes.info(name).get("prompt_len", -1)
+        requests = np.fromiter((known[name][0] for name in names), np.uint32, rows)
+        prompts = np.fromiter((known[name][1] for name in names), np.int64, rows)
         unknown, prefill, decode = (row_class(phase, modality, True) for phase in ("unknown", "prefill", "decode"))
         told = (prompts >= 0) & (positions != UNKNOWN)
         classes = np.where(told, np.where(positions < prompts, prefill, decode), unknown).astype(np.uint16)

@@ -487,10 +487,12 @@ def test_a_late_amendment_is_kept(tmp_path):
 def test_the_length_of_a_prompt_may_come_late(tmp_path):
     with moe_native.Recorder(tmp_path / "t") as recorder:
         program = Program(recorder)
-        for prompts in ({}, {"a": 4}):
-            with recorder.step(requests=["a"], positions=[range(4)], prompt_lens=prompts):
+        for first, prompts in ((0, {}), (0, {"a": 4}), (4, {})):
+            with recorder.step(requests=["a"], positions=[range(first, first + 4)], prompt_lens=prompts):
                 program.forward(4)
-    assert moe_trace.open(tmp_path / "t").requests["a"].info["prompt_len"] == 4
+    trace = moe_trace.open(tmp_path / "t")
+    assert trace.requests["a"].info["prompt_len"] == 4
+    assert [trace.phase(phase).layer(0).rows for phase in ("unknown", "prefill", "decode")] == [4, 4, 4]
 
 
 def test_a_recorder_that_is_dropped_closes_its_trace(tmp_path):
