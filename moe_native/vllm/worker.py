@@ -176,6 +176,7 @@ class WorkerRecording:
         )
         try:
             self._bound = routers.bind(layers, recorder, self._first_binding)
+            recorder.update_metadata()  # so that readers know the layers before the first request
         except BaseException:
             recorder.close()
             raise

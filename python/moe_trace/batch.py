@@ -106,9 +106,8 @@ class Batch:
         if any(column is None for column in columns) or not columns:
             name = fmt.FIELD_NAMES[field]
             fields = ",".join(dict.fromkeys(("ids", "weights", name)))
-            raise TraceError(
-                f"{name} were not recorded for {these(self.layers)}. To record them, set MOE_NATIVE_FIELDS={fields}"
-            )
+            was = "was" if field == fmt.HIDDEN else "were"
+            raise TraceError(f"{name} {was} not recorded for {these(self.layers)}. {_how_to_record(fields)}")
         found = [column for column in columns if column is not None]
         if self._asked.one_layer:
             return found[0]
@@ -141,7 +140,7 @@ class Batch:
         """Token ids, int64 `[rows]`, -1 where unknown."""
         column = self.column(fmt.TOKENS, fmt.NO_LAYER)
         if column is None:
-            raise TraceError("token ids were not recorded. To record them, set MOE_NATIVE_FIELDS=ids,weights,tokens")
+            raise TraceError(f"token ids were not recorded. {_how_to_record('ids,weights,tokens')}")
         return _unknown_to_minus_one(column[:, 0])
 
     @cached_property
@@ -220,6 +219,10 @@ def _unknown_to_minus_one(values: npt.NDArray[np.uint32]) -> npt.NDArray[np.int6
     wide = values.astype(np.int64)
     wide[wide == fmt.NOBODY] = -1
     return wide
+
+
+def _how_to_record(fields: str) -> str:
+    return f'To record this, set MOE_NATIVE_FIELDS={fields} or Recorder(fields="{fields}")'
 
 
 def these(layers: Sequence[int]) -> str:

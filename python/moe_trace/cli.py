@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from moe_trace import Selection, Trace
@@ -51,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (TraceError, OSError, ValueError, MemoryError) as error:
+    except OSError as error:
+        # Without "[Errno 2]", which says nothing to a person.
+        named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error.strerror
+        return _fail(named or str(error) or type(error).__name__, FAILED)
+    except (TraceError, ValueError, MemoryError) as error:
         return _fail(str(error) or type(error).__name__, FAILED)
 
 
@@ -90,6 +94,7 @@ def _plot(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     trace = _open(args)
+    _check_place(args.output)
     of, counts = summary.summarize(trace, _select(trace, args), _asked(args))
     drawn = [(layer, c) for layer, c in zip(of["layers"], counts, strict=True) if layer["assignments"]]
     if not drawn:
@@ -118,11 +123,13 @@ def _plot(args: argparse.Namespace) -> int:
 
 def _note(of: dict[str, Any], args: argparse.Namespace) -> str:
     """What a picture has to say beside its rows: how they were selected, and that some are missing."""
+    from moe_trace.units import count
+
     note = f" · {args.phase} only" if args.phase else ""
     note += f" · since {args.since}" if args.since else ""
     note += f" · run {args.run}" if args.run else ""
     missed = len(of["coverage"]["missed"])
-    note += f" · {missed} layers missed" if missed else ""
+    note += f" · {count(missed, 'layer')} missed" if missed else ""
     return note + (" · with losses" if of["losses"] or of["problems"] else "")
 
 
@@ -131,6 +138,7 @@ def _export(args: argparse.Namespace) -> int:
     from moe_trace import export, show
 
     trace = _open(args)
+    _check_place(args.output)
     selection = _select(trace, args)
     if args.request:
         with warnings.catch_warnings(record=True) as said:
@@ -146,7 +154,7 @@ def _export(args: argparse.Namespace) -> int:
             advance(rows)
     for problem in problems:
         _say(problem)
-    return LOSSY if problems else _verdict(trace)
+    return LOSSY if problems else _said_verdict(trace)
 
 
 def _recover(args: argparse.Namespace) -> int:
@@ -158,7 +166,7 @@ def _recover(args: argparse.Namespace) -> int:
     report = moe_trace.recover(args.trace)
     print(report)
     try:
-        return LOSSY if report.problems else _verdict(_open(args))
+        return _said_verdict(_open(args)) or (LOSSY if report.problems else WHOLE)
     except moe_trace.NotATrace:
         return WHOLE  # an empty directory: a trace that nobody has begun
 
@@ -184,6 +192,24 @@ def _open(args: argparse.Namespace) -> Trace:
 
 def _verdict(trace: Trace) -> int:
     return WHOLE if trace.complete else LOSSY
+
+
+def _said_verdict(trace: Trace) -> int:
+    """The verdict of a command that prints nothing of the losses: why it is 3 goes to stderr."""
+    if trace.complete:
+        return WHOLE
+    why = [*trace.problems, *(f"rows were lost ({cause})" for cause in trace.losses)]
+    why += [f"layer {entry.layer} was missed" for entry in trace.coverage if entry.status == "missed"]
+    more = f", and {len(why) - 1:,} more" if len(why) > 1 else ""
+    _say(f"the trace is not whole: {why[0]}{more}. See moe-native summary {trace.path}")
+    return LOSSY
+
+
+def _check_place(output: str) -> None:
+    """Before the work: is there a directory to write the file into?"""
+    directory = Path(output).parent
+    if output != "-" and not directory.is_dir():
+        raise FileNotFoundError(f"cannot write {output}: there is no directory {directory}")
 
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
@@ -238,8 +264,16 @@ def _output(name: str) -> Iterator[IO[str]]:
         part.unlink(missing_ok=True)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # "-5m" looks like an option, and the message would not say so.
+        super().error(
+            message.replace("--since: expected one argument", "--since: write --since 5m for the last 5 minutes")
+        )
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="moe-native",
         description="Read Mixture-of-Experts routing that moe_native recorded.",
         epilog="Exit codes: 0 whole, 1 failed, 2 usage, 3 lossy (the trace has losses, damage or missed layers).",
@@ -264,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
         of.add_argument("trace", metavar="TRACE", help="a trace directory, a run or rank in it, or one segment file")
     doctor.add_argument("trace", metavar="TRACE", nargs="?", help="a trace to look into as well")
     for of in (summary, plot, export):
-        of.add_argument("--layer", type=_layers, metavar="N", help="only these layers: 12, or 0,4-7")
+        of.add_argument("--layer", type=_layers, action=_AddLayers, metavar="N", help="only these layers: 12, or 0,4-7")
         of.add_argument("--phase", choices=("prefill", "decode", "unknown"), help="only rows of this phase")
         of.add_argument(
             "--since",
@@ -293,11 +327,18 @@ def _layers(text: str) -> list[int]:
         try:
             low, high = int(first), int(last if dash else first)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} are no layers: write 12, or 0,4-7") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of layers: write 12, or 0,4-7") from None
         if not 0 <= low <= high <= 65534:
             raise argparse.ArgumentTypeError(f"{part.strip()!r} is no range of layers from 0 to 65534")
         layers.update(range(low, high + 1))
     return sorted(layers)
+
+
+class _AddLayers(argparse.Action):
+    """`--layer 1 --layer 2` is `--layer 1,2`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, layers: Any, *_: Any) -> None:
+        setattr(namespace, self.dest, sorted({*(getattr(namespace, self.dest) or ()), *layers}))
 
 
 class _Version(argparse.Action):

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,10 +20,10 @@ from typing import Any, Literal
 from moe_trace import settings
 from moe_trace.errors import TraceError
 from moe_trace.ring import Ring
-from moe_trace.show import ranges
-from moe_trace.trace import Trace
+from moe_trace.show import LAG, ranges
+from moe_trace.trace import ASK_THE_DOCTOR, Trace
 from moe_trace.trace import open as open_trace
-from moe_trace.units import format_bytes, parse_bytes
+from moe_trace.units import count, format_bytes, parse_bytes
 
 PLUGIN_GROUP, PLUGIN_NAME = "vllm.general_plugins", "moe_native"
 PROBE_SECONDS = 180  # importing torch from a cold disk can take a minute
@@ -52,6 +52,8 @@ except BaseException as error:
 print("\\n" + json.dumps(found))
 """
 
+NO_TORCH = "torch does not import here"
+
 REMEDIES = {
     "ring_full": "raise MOE_NATIVE_RING_BYTES, or set MOE_NATIVE_OVERFLOW=block so that the model waits",
     "too_large": "raise MOE_NATIVE_RING_BYTES: half of it should hold the largest step",
@@ -77,9 +79,13 @@ class Finding:
 def examine(trace: str | Path | None = None, environment: Mapping[str, str] | None = None) -> Iterator[Finding]:
     """All checks, in the order in which recording needs them; those of the trace are made when one is given."""
     env = os.environ if environment is None else environment
-    yield from check_package(env)
+    of_package = list(check_package(env))
+    # Reading needs no torch: who asks about a trace may not want to record here.
+    yield from (
+        replace(f, status="warning") if trace is not None and f.what.startswith(NO_TORCH) else f for f in of_package
+    )
     yield from check_vllm(env)
-    yield from check_settings(env)
+    yield from check_settings(env, " ".join(f.what for f in of_package if f.status == "problem"))
     yield from check_trace_directory(env)
     yield from check_ring_directory(env)
     yield from check_rings(env)
@@ -94,7 +100,7 @@ def check_package(env: Mapping[str, str]) -> Iterator[Finding]:
     if "torch" not in found:
         yield Finding(
             "problem",
-            f"torch does not import here ({error}): this environment can read traces, not record",
+            f"{NO_TORCH} ({error}): this environment can read traces, not record",
             f"install moe-native where torch and the server are; this is {sys.executable}",
         )
     elif "moe_native" not in found:
@@ -118,6 +124,8 @@ def check_package(env: Mapping[str, str]) -> Iterator[Finding]:
 def check_vllm(env: Mapping[str, str]) -> Iterator[Finding]:
     """Is vLLM here, does it see our plugin, and is the plugin let through?"""
     if find_spec("vllm") is None:
+        if find_spec("torch") is None:  # then nothing records here, as check_package says
+            return
         yield Finding(
             "warning",
             "vLLM is not installed here: only moe_native.Recorder and moe_native.hf can record",
@@ -149,13 +157,17 @@ def check_vllm(env: Mapping[str, str]) -> Iterator[Finding]:
         )
 
 
-def check_settings(env: Mapping[str, str]) -> Iterator[Finding]:
-    """Which settings are there, and which variables look like ours and are not?"""
+def check_settings(env: Mapping[str, str], refused: str = "") -> Iterator[Finding]:
+    """Which settings are there, and which variables look like ours and are not? refused: what check_package said of
+    settings that the recorder cannot use.
+    """
     strange = settings.unknown(env)
     for name, near in strange.items():
         todo = f"did you mean {near}?" if near else "the settings are listed in the README; remove it"
         yield Finding("warning", f"{name} is set, but is no setting of moe_native: it has no effect", todo)
-    ours = sorted(setting.name for setting in settings.SETTINGS if env.get(setting.name))
+    ours = sorted(
+        setting.name for setting in settings.SETTINGS if env.get(setting.name) and setting.name not in refused
+    )
     if ours and not strange:
         yield Finding("ok", f"settings: {', '.join(f'{name}={env[name]}' for name in ours)}")
 
@@ -209,8 +221,10 @@ def check_ring_directory(env: Mapping[str, str]) -> Iterator[Finding]:
     if not directory.is_dir() or not os.access(directory, os.W_OK | os.X_OK):
         yield Finding(
             "problem" if named else "warning",
-            f"the ring cannot lie in {directory}: it is no directory that can be written to",
-            f"set MOE_NATIVE_RING_DIR to one on tmpfs; {fallback}",
+            f"the ring cannot lie in {directory}: it is no directory that can be written to"
+            + (", so nothing is recorded" if named else ""),
+            "name a directory on tmpfs in MOE_NATIVE_RING_DIR"
+            + (f", or unset it for {settings.default('MOE_NATIVE_RING_DIR')}" if named else f"; {fallback}"),
         )
         return
     need = _bytes(env, "MOE_NATIVE_RING_BYTES") or parse_bytes(settings.default("MOE_NATIVE_RING_BYTES"))
@@ -253,24 +267,31 @@ def check_rings(env: Mapping[str, str]) -> Iterator[Finding]:
 
 def check_trace(path: str | Path) -> Iterator[Finding]:
     """What is missing from a trace that was recorded, and why."""
+    if not Path(path).exists():
+        yield Finding("problem", f"there is no such trace: {path}", "give the directory that MOE_NATIVE_TRACE named")
+        return
     try:
         trace = open_trace(path)
         stats = trace.stats()
     except TraceError as error:
-        yield Finding("problem", str(error), "the lines above say what keeps a recorder from writing")
+        what = str(error).removesuffix(ASK_THE_DOCTOR)
+        yield Finding("problem", what, "the lines above say what keeps a recorder from writing")
         return
     rows = max((of_layer.rows for of_layer in stats.values()), default=0)
     yield from _check_coverage(trace)
     if rows:
         yield Finding("ok", f"{path}: {rows:,} rows in each layer at most, {trace.state}")
+    elif trace.problems:
+        yield Finding("lossy", f"{path}: no row can be read", "see below what is damaged")
     else:
+        lag = f", and {LAG}" if trace.state == "live" else ""
         yield Finding(
-            "problem",
-            f"{path}: no step was recorded",
-            f"was a request served? Warm-up is not recorded, and new rows show after {_flush_seconds()} seconds",
+            "warning" if trace.state == "live" else "problem",
+            f"{path}: no step was recorded" + (" yet" if trace.state == "live" else ""),
+            f"no request was served yet? Warm-up is not recorded{lag}",
         )
     for cause, loss in trace.losses.items():
-        what = ", ".join(f"{n:,} {kind}" for kind, n in vars(loss).items() if n)
+        what = ", ".join(count(n, kind.removesuffix("s")) for kind, n in vars(loss).items() if n)
         yield Finding("lossy", f"lost {what}: {cause}", REMEDIES.get(cause, "see csrc/FORMAT.md, table losses"))
     dead = [rank for rank in trace.ranks if rank.state == "crashed"]
     for rank in dead:
@@ -279,8 +300,13 @@ def check_trace(path: str | Path) -> Iterator[Finding]:
         )
     for problem in trace.problems:
         yield Finding("lossy", problem, "what is whole is read all the same; the summary counts what is there")
+    deleted = ""
+    if trace.deleted_segments:
+        deleted = f"retention deleted the oldest {count(trace.deleted_segments, 'segment')} (kept within max_bytes)"
     if not trace.losses and not trace.problems:
-        yield Finding("ok", f"{path}: nothing was lost")
+        yield Finding("ok", f"{path}: nothing was lost" + (f", but {deleted}" if deleted else ""))
+    elif deleted:
+        yield Finding("ok", f"{path}: {deleted}")
 
 
 def _check_coverage(trace: Trace) -> Iterator[Finding]:
@@ -294,15 +320,13 @@ def _check_coverage(trace: Trace) -> Iterator[Finding]:
     if skipped:
         yield Finding("ok", f"layer {ranges(skipped)} not asked for (MOE_NATIVE_LAYERS)")
     if trace.layers:
-        yield Finding("ok", f"layer {ranges(trace.layers)} recorded")
+        yield Finding("ok", f"layer {ranges(trace.layers)} {'recorded' if trace.first_time else 'bound'}")
+    elif trace.state == "live" and not trace.first_time:
+        pass  # a recorder may write its ledger with the first step only; that there is none is said below
     elif not by_reason:
         yield Finding(
             "problem", "the recorder found no MoE layer to record", "is it a Mixture-of-Experts model that was loaded?"
         )
-
-
-def _flush_seconds() -> str:
-    return os.environ.get("MOE_NATIVE_FLUSH_SECONDS") or settings.default("MOE_NATIVE_FLUSH_SECONDS")
 
 
 def _probe(env: Mapping[str, str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BAR, TOP, LINE, DEAD, QUIET = "#8FA3B5", "#D55E00", "#0B3C5D", "#000000", "#5A5A5A"
+NONE = "#CFCFCF"
 FORMATS = ("png", "svg", "pdf")
 
 
@@ -155,14 +156,14 @@ def _map(figure: Figure, axes: Axes, layers: Sequence[int], load: npt.NDArray[np
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     # The scale is logarithmic, so that half and twice the uniform load stand out alike and one heavy expert does not
-    # fade the rest. Zero is below any logarithmic scale: it is drawn as the colour of "under", black, and nothing else
-    # is: a load below the scale, which is symmetric, has the colour of its lower end.
+    # fade the rest. Zero is below any logarithmic scale: it is drawn as the colour of "under", a light grey, which is
+    # far from the dark lower end of the scale; a load below the scale, which is symmetric, has that end's colour.
     most = max(float(np.nanmax(load)), 2.0)
     image = axes.imshow(
         np.where(load == 0, 1e-12, np.maximum(load, 1 / most)),
         aspect="auto",
         interpolation="nearest",
-        cmap=mpl.colormaps["PuOr_r"].with_extremes(bad="#DDDDDD", under="black"),
+        cmap=mpl.colormaps["PuOr_r"].with_extremes(bad=NONE, under=NONE),
         norm=LogNorm(vmin=1 / most, vmax=most),
     )
     filled = np.nan_to_num(load)
@@ -177,7 +178,7 @@ def _map(figure: Figure, axes: Axes, layers: Sequence[int], load: npt.NDArray[np
     axes.set_xlabel(f"expert   (dots: the {best.shape[1]} largest of each layer)" if best.shape[1] else "expert")
     dead = bool((load == 0).any())
     bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=30, fraction=0.03, extend="min" if dead else "neither")
-    bar.set_label("load / uniform load" + (" (black: none)" if dead else ""), fontsize=9)
+    bar.set_label("load / uniform load" + (" (grey: none)" if dead else ""), fontsize=9)
     bar.ax.yaxis.set_major_locator(LogLocator(base=2 if most < 32 else 4))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:g}"))
     bar.minorticks_off()
@@ -213,4 +214,4 @@ def _ticks(experts: int) -> list[int]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+    return f"{100 * share:.2f} %"

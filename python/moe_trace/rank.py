@@ -22,6 +22,7 @@ from moe_trace.ring import Ring
 from moe_trace.ring_block import RingBlock
 from moe_trace.segment import Segment, never_begun, segment_paths
 from moe_trace.statistics import LayerStats
+from moe_trace.units import count
 
 _INCOMPLETE = fmt.CAUSES.index("incomplete")
 
@@ -152,6 +153,12 @@ class Rank:
                     self.errors.append(error)
                 return None
         return None
+
+    @cached_property
+    def deleted_segments(self) -> int:
+        """How many of its oldest segments retention deleted (max_bytes): a recorder numbers them from 0."""
+        paths = [] if self._only else segment_paths(self.directory)  # with those that cannot be read
+        return int(paths[0].name.split(".")[0]) if paths else 0
 
     @property
     def state(self) -> str:
@@ -307,7 +314,7 @@ class Rank:
         steps += sum(block.complete and block.rows > 0 for block in self.ring_blocks)
         if not steps or any(segment.problems for segment in self.segments):  # it may be what is damaged that has them
             return self.ledger
-        detail = f"not one row in the {steps:,} steps of {self.run}/{self.name}"
+        detail = f"not one row in the {count(steps, 'step')} of {self.run}/{self.name}"
         return [
             replace(entry, status="missed", detail=detail)
             if entry.recorded and entry.every_step and entry.layer not in there

@@ -18,6 +18,7 @@ from moe_trace.errors import DamagedTrace, TraceNotFound
 from moe_trace.file_block import FileBlock, read_header
 from moe_trace.files import mapped, open_plain
 from moe_trace.statistics import LayerStats, add_groups
+from moe_trace.units import count
 
 _BLOCK_MAGIC = int.from_bytes(b"MOEB", "little")
 
@@ -60,7 +61,8 @@ class Segment:
         self._head = head
         self._footer_at = self._find_footer()
         if self._footer_at is None and path.suffix == ".moe":
-            self._say(f"the end of {path} is damaged or cut off; its blocks were read one by one")
+            there = f"{count(len(self._snapshot[0]), 'block')} readable, up to byte {self.whole_to:,} of {self.size:,}"
+            self._say(f"the end of {path} is damaged or cut off; its blocks were read one by one: {there}")
 
     @property
     def size(self) -> int:

@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moe_trace.units import format_bytes
+from moe_trace.units import count, format_bytes
 
 UNLIMITED = 100_000  # columns of a pipe: more than any table is wide
 NOTHING = "-"
+LAG = "rows of the last flush interval (10 s unless set otherwise) may not show yet"  # of a live trace
 
 
 class _Console(Console):
@@ -65,16 +66,22 @@ def progress(what: str, total: int | None) -> Iterator[Advance]:
 def summary(out: Console, of: dict[str, Any]) -> None:
     """Print the object of `moe_trace.summary`."""
     _heading(out, of)
-    asked = [f"{key} {_plain(value)}" for key, value in of["selection"].items() if value is not None]
+    asked = {key: value for key, value in of["selection"].items() if value is not None}
+    if len(asked.get("layers", ())) == 1:
+        asked = {"layer": asked.pop("layers"), **asked}
     if asked:
-        out.print(_line("selected: " + ", ".join(asked)))
+        text = ", ".join(f"{key} {_plain(value)}" for key, value in asked.items())
+        _hang(out, _line(f"selected: {text}"), 10)
     out.print()
-    out.print(_layers(of) if of["layers"] else _line("no layer was recorded in this selection", "yellow"))
-    for line in _over_all(of["all"], len(of["layers"])):
-        out.print(line)
+    if not any(layer["rows"] for layer in of["layers"]):
+        _hang(out, _line(_no_rows(of), "yellow"), 2)
+    else:
+        out.print(_layers(of))
+        for line in _over_all(of["all"], len(of["layers"])):
+            _hang(out, line, 23)
     out.print()
     for line in _losses_and_coverage(of):
-        out.print(line)
+        _hang(out, line, 10)
 
 
 def info(out: Console, of: dict[str, Any]) -> None:
@@ -83,7 +90,7 @@ def info(out: Console, of: dict[str, Any]) -> None:
     out.print()
     facts = [
         ("recorded", ", ".join(f"{name} ({dtype})" for name, dtype in of["recorded"].items()) or "no rows"),
-        ("rows", f"{of['rows']:,} in {_count(of['steps'], 'step')}; {of['layer_rows']:,} rows of layers"),
+        ("rows", f"{of['rows']:,} in {count(of['steps'], 'step')}; {of['layer_rows']:,} rows of layers"),
         ("requests", f"{of['requests']:,}"),
     ]
     each = of["bytes_per_layer_row"]
@@ -96,7 +103,7 @@ def info(out: Console, of: dict[str, Any]) -> None:
         facts.append((key, _flat(value)))
     width = max(len(_clean(name)) for name, _ in facts)
     for name, value in facts:
-        out.print(_line(f"{_clean(name):<{width}}  {value}"))
+        _hang(out, _line(f"{_clean(name):<{width}}  {value}"), width + 2)
     out.print()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("run", "rank", "segment"):
@@ -118,33 +125,49 @@ def info(out: Console, of: dict[str, Any]) -> None:
     out.print(table)
     out.print()
     for line in _losses_and_coverage(of):
-        out.print(line)
+        _hang(out, line, 10)
 
 
 def finding(out: Console, status: str, what: str, todo: str) -> None:
     """Print one line of the doctor's report, and below it what to do."""
     colour = {"ok": "green", "warning": "yellow", "lossy": "red", "problem": "red"}[status]
     text = Text(f"{status:<8}", style=colour).append(f" {_clean(what)}", style="default")
-    out.print(text)
+    _hang(out, text, 9)
     if todo:
-        out.print(_line(f"         → {todo}", "dim"))
+        _hang(out, _line(f"         → {todo}", "dim"), 11)
 
 
 def _heading(out: Console, of: dict[str, Any]) -> None:
     state = {"closed": "closed", "live": "live: being recorded", "crashed": "crashed: the recording process died"}
     colour = "green" if of["complete"] else "yellow"
     head = Text(_clean(of["path"]), style="bold")
-    head.append(f"   {state.get(of['state'], of['state'])}, {'whole' if of['complete'] else 'not whole'}", style=colour)
-    out.print(head)
+    whole = "whole" if of["complete"] else "not whole"
+    if of["complete"] and of["deleted_segments"]:
+        whole += f" since {_moment(of['whole_since'])} UTC" if of["whole_since"] else " but for what was deleted"
+    head.append(f"   {state.get(of['state'], of['state'])}, {whole}", style=colour)
+    _hang(out, head, 2)
     parts = [_clean(of["model"])] if of["model"] else []
-    if "layers" in of:
+    if of.get("layers"):
         shapes = {(layer["experts"], layer["top_k"] or 0) for layer in of["layers"]}
-        parts.append(_count(len(of["layers"]), "layer"))
+        parts.append(count(len(of["layers"]), "layer"))
         parts += [f"{experts} experts" + (f", top-{k}" if k else "") for experts, k in sorted(shapes)[:3]]
-    parts.append(f"{_count(of['runs'], 'run')}, {_count(of['ranks'], 'rank')}")
+    parts.append(f"{count(of['runs'], 'run')}, {count(of['ranks'], 'rank')}")
     if of["first_time"]:
         parts.append(f"{_moment(of['first_time'])} to {_moment(of['last_time'])} UTC")
-    out.print(_line(" · ".join(parts)))
+    _hang(out, _line(" · ".join(parts)), 2)
+
+
+def _no_rows(of: dict[str, Any]) -> str:
+    """Why there is no table."""
+    if of["first_time"]:
+        return (
+            "no rows in this selection; the trace has rows from "
+            f"{_moment(of['first_time'])} to {_moment(of['last_time'])} UTC"
+        )
+    nothing = "no row can be read" if of["problems"] else "nothing was recorded"
+    text = "nothing recorded yet" if of["state"] == "live" else nothing
+    bound = sum(len(of["coverage"][status]) for status in ("exact", "derived"))
+    return text + (f" ({count(bound, 'MoE layer')} {'is' if bound == 1 else 'are'} bound)" if bound else "")
 
 
 def _layers(of: dict[str, Any]) -> Table:
@@ -199,13 +222,21 @@ def _losses_and_coverage(of: dict[str, Any]) -> Iterator[Text]:
     if not lost:
         yield _line("losses    none", "green")
     for loss in lost:
-        what = ", ".join(_count(loss[key], key[:-1]) for key in ("steps", "layers", "rows") if loss[key])
+        what = ", ".join(count(loss[key], key[:-1]) for key in ("steps", "layers", "rows") if loss[key])
         yield _line(f"lost      {what}: {loss['cause']}", "red")
+    if of["deleted_segments"]:
+        oldest = "segment" if of["deleted_segments"] == 1 else f"{of['deleted_segments']:,} segments"
+        yield _line(f"deleted   the oldest {oldest} (kept within max_bytes)", "yellow")
     coverage = of["coverage"]
     recorded = len(coverage["exact"]) + len(coverage["derived"])
     expected = recorded + len(coverage["missed"]) + len(coverage["skipped"])
     colour = "red" if coverage["missed"] or not recorded else "green"
-    yield _line(f"coverage  {recorded} of {_count(expected, 'MoE layer')} recorded", colour)
+    if of["first_time"]:
+        yield _line(f"coverage  {recorded} of {count(expected, 'MoE layer')} recorded", colour)
+    elif expected:
+        yield _line(f"coverage  {recorded} of {count(expected, 'MoE layer')} bound, no rows", colour)
+    else:  # a recorder writes its ledger with the first step
+        yield _line("coverage  not known" + (" yet" if of["state"] == "live" else ""), "yellow")
     for status, colour in (("missed", "red"), ("derived", "yellow"), ("skipped", "")):
         entries = sorted(coverage[status], key=lambda entry: entry["detail"] or "")
         for detail, group in groupby(entries, key=lambda entry: entry["detail"] or ""):
@@ -215,6 +246,8 @@ def _losses_and_coverage(of: dict[str, Any]) -> Iterator[Text]:
         yield _line("problems  none", "green")
     for problem in of["problems"]:
         yield _line(f"problem   {problem}", "red")
+    if of["state"] == "live":
+        yield _line(f"live      {LAG}")
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -226,6 +259,17 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+
+
+def _hang(out: Console, text: Text, indent: int) -> None:
+    """Print a line. Where it does not fit a terminal, it goes on below its own text, not below the label before it."""
+    if text.cell_len <= out.width or indent >= out.width // 2:
+        out.print(text)
+        return
+    label = text[:indent]
+    for line in text[indent:].wrap(out, out.width - indent):
+        out.print(label + line)
+        label = Text(" " * indent)
 
 
 def _line(text: str, style: str = "") -> Text:
@@ -243,10 +287,6 @@ def _plain(value: Any) -> str:
 
 def _flat(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else NOTHING if value is None else str(value)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _percent(share: float) -> str:

@@ -8,6 +8,8 @@ The object (`"format": "moe-native summary"`, `"version": 1`; later versions may
 | `state` | `closed`, `live` (a process is recording) or `crashed` (its owner died; what it had committed is counted) |
 | `complete` | false when there is any loss, problem or missed layer; the next three say which |
 | `losses` | list of `{"cause", "steps", "layers", "rows"}`: totals of the whole trace, whatever was selected |
+| `deleted_segments` | the oldest segments, deleted to keep the trace within its max_bytes; no loss |
+| `whole_since` | ISO 8601 in UTC: since when all steps are there, if segments were deleted; else null |
 | `problems` | list of sentences: torn or damaged segments, rings that could not be read |
 | `coverage` | `{"exact", "derived", "missed", "skipped"}`: lists of `{"layer", "name", "detail"}` |
 | `runs`, `ranks` | how many there are |
@@ -96,6 +98,8 @@ def standing(trace: Trace) -> dict[str, Any]:
             {"cause": cause, "steps": loss.steps, "layers": loss.layers, "rows": loss.rows}
             for cause, loss in trace.losses.items()
         ],
+        "deleted_segments": trace.deleted_segments,
+        "whole_since": _iso(trace.whole_since),
         "problems": list(trace.problems),
         "coverage": coverage,
         "runs": len(trace.runs),

@@ -16,7 +16,9 @@ from moe_trace.errors import NotATrace, TraceError, TraceNotFound
 from moe_trace.rank import Layer, Rank, Request
 from moe_trace.segment import segment_paths
 from moe_trace.select import Selection
+from moe_trace.units import count
 
+ASK_THE_DOCTOR = ". 'moe-native doctor' says why nothing was recorded"  # who is the doctor leaves it out
 _STATUSES = ("missed", "derived", "exact", "skipped")  # where ranks or runs differ, the first of these is what is said
 
 
@@ -38,7 +40,7 @@ class Run:
         self.ranks = ranks
 
     def __repr__(self) -> str:
-        return f"<moe_trace run {self.name}: {len(self.ranks)} ranks>"
+        return f"<moe_trace run {self.name}: {count(len(self.ranks), 'rank')}>"
 
 
 class Trace(Selection):
@@ -126,8 +128,19 @@ class Trace(Selection):
         return next((state for state in ("live", "crashed") if state in states), "closed")
 
     @property
+    def deleted_segments(self) -> int:
+        """How many of the oldest segments were deleted to keep the trace within max_bytes: asked for, so no loss."""
+        return sum(rank.deleted_segments for rank in self.ranks)
+
+    @property
+    def whole_since(self) -> datetime | None:
+        """Since when it has all steps, UTC, where the oldest segments were deleted; else None."""
+        spans = [times for rank in self.ranks if rank.deleted_segments and len(times := rank.times())]
+        return _datetime(max(int(t[0]) for t in spans)) if spans else None
+
+    @property
     def complete(self) -> bool:
-        """Whether it has everything: no loss, no problem, no layer missed."""
+        """Whether it has everything that was to be kept: no loss, no problem, no layer missed."""
         return not self.losses and not self.problems and all(entry.status != "missed" for entry in self.coverage)
 
     @cached_property
@@ -148,7 +161,8 @@ class Trace(Selection):
     def __repr__(self) -> str:
         model = self.metadata.get("model") or "unknown model"
         whole = "complete" if self.complete else "INCOMPLETE"
-        size = f"{self.rows:,} rows x {len(self.layers)} layers, {len(self.runs)} runs"
+        whole += " but for deleted segments" if self.deleted_segments else ""
+        size = f"{count(self.rows, 'row')} x {count(len(self.layers), 'layer')}, {count(len(self.runs), 'run')}"
         return f"<moe_trace.Trace {self.path}: {model}, {size}, {self.state}, {whole}>"
 
 
@@ -169,7 +183,11 @@ def open(path: str | os.PathLike[str]) -> Trace:
     path = Path(path)
     here = path.absolute()  # its runs need their names, even in "."
     if not path.exists():
-        raise TraceNotFound(f"there is no {path}. Give the directory that MOE_NATIVE_TRACE named, or a .moe file in it")
+        raise TraceNotFound(
+            f"there is no trace {path}. Give the directory that MOE_NATIVE_TRACE named, or a .moe file in it"
+        )
+    if not path.is_dir() and not path.is_file():
+        raise NotATrace(f"{path} is no trace: it is neither a directory nor a plain file")
     try:
         if path.is_file():
             return _readable(Trace(path, [Run(here.parent.parent, [Rank(path.parent, path)])]))
@@ -180,10 +198,7 @@ def open(path: str | os.PathLike[str]) -> Trace:
         raise TraceNotFound(
             f"{error.filename or path} cannot be read: its files are private to the user who recorded them"
         ) from None
-    raise NotATrace(
-        f"there is no trace in {path}: no directory run-*/rank-* with segments. "
-        "'moe-native doctor' says why nothing was recorded"
-    )
+    raise NotATrace(f"there is no trace in {path}: no directory run-*/rank-* with segments" + ASK_THE_DOCTOR)
 
 
 def _readable(trace: Trace) -> Trace:

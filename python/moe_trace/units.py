@@ -1,4 +1,4 @@
-"""Numbers of bytes and moments, as users write and read them."""
+"""Numbers of bytes and things, and moments, as users write and read them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def format_bytes(count: float) -> str:
     while unit < len(UNITS) - 1 and count >= (1023.5 if unit else 1024):
         count, unit = count / 1024, unit + 1
     return f"{count:.0f} {UNITS[unit]}" if unit == 0 or count >= 100 else f"{count:.3g} {UNITS[unit]}"
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things: `1 step`, `1,200 steps`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def unix_ns(when: datetime | str | float) -> int:

@@ -438,6 +438,7 @@ def test_recover(trace, tmp_path):
     path = write(tmp_path / "t", segments=[torn], closed=False)
     done = run("recover", path)
     assert done.returncode == 3 and "recovered" in done.stdout and "torn" in done.stdout
+    assert len(done.stderr.splitlines()) == 1 and "the trace is not whole" in done.stderr
     assert [file.name for file in path.rglob("*.moe*")] == ["000000.moe"]
     assert json.loads(run("summary", path, "--json").stdout)["layers"][0]["rows"] == 103
     (tmp_path / "empty").mkdir()
@@ -475,6 +476,12 @@ def test_a_layer_that_is_not_there_says_which_are(trace, lossy):
     assert "layer 7 was missed: a fused kernel" in failed("plot", lossy, "--layer", "7", code=2)
 
 
+def test_layers_add_up_and_a_negative_age_is_explained(trace):
+    of = json.loads(ok("summary", trace, "--json", "--layer", "5", "--layer", "0,5"))
+    assert of["selection"]["layers"] == [0, 5]
+    assert failed("summary", trace, "--since", "-5m", code=2).endswith("write --since 5m for the last 5 minutes")
+
+
 def test_what_cannot_be_read_is_exit_code_1(trace, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").write_text("no trace at all, but a text")
@@ -487,6 +494,8 @@ def test_what_cannot_be_read_is_exit_code_1(trace, tmp_path):
         assert "empty" in failed(name, tmp_path / "empty", *rest, code=1)
         assert "text" in failed(name, tmp_path / "text", *rest, code=1)
         assert "version 9" in failed(name, segment, *rest, code=1)
+    for command in ("plot", "export"):
+        assert failed(command, trace, "-o", tmp_path / "no" / "x.png", code=1).endswith(f"directory {tmp_path / 'no'}")
     assert "no request 'z'" in failed("export", trace, "-o", "-", "--request", "z", code=1)
     assert not (tmp_path / "x").exists() and not (tmp_path / "x.png").exists()
 

@@ -14,7 +14,7 @@ import pytest
 import segment_bytes as sb
 from ring_bytes import RingFile, finished_process
 
-from moe_trace import cli, doctor
+from moe_trace import cli, doctor, rank
 
 ENV = {"PATH": os.environ.get("PATH", "")}
 
@@ -130,6 +130,8 @@ def vllm(monkeypatch):
 
 def test_no_vllm(monkeypatch):
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert not findings(doctor.check_vllm, ENV), "without torch nothing records: that is said already"
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == "vllm" else object())
     (found,) = findings(doctor.check_vllm, ENV)
     assert found.status == "warning" and sys.executable in found.todo
 
@@ -175,6 +177,9 @@ def test_typing_errors_are_named_with_the_near_setting():
 def test_settings_are_listed():
     (found,) = findings(doctor.check_settings, {"MOE_NATIVE_TRACE": "/t", "MOE_NATIVE_MAX_BYTES": "2GiB"})
     assert found.status == "ok" and "MOE_NATIVE_MAX_BYTES=2GiB" in found.what
+    env = {"MOE_NATIVE_TRACE": "/t", "MOE_NATIVE_FIELDS": "x"}
+    (found,) = findings(doctor.check_settings, env, "MOE_NATIVE_FIELDS is 'x'")
+    assert found.what == "settings: MOE_NATIVE_TRACE=/t", "what is refused is not ok"
 
 
 # -- directories
@@ -243,6 +248,11 @@ def test_room_for_the_ring(tmp_path, monkeypatch):
     assert found.status == "warning" and "ext4" in found.what
 
 
+def test_a_ring_directory_that_is_not_there(tmp_path):
+    (found,) = findings(doctor.check_ring_directory, {"MOE_NATIVE_RING_DIR": str(tmp_path / "nowhere")})
+    assert found.status == "problem" and "nothing is recorded" in found.what and "unset it" in found.todo
+
+
 def test_file_system_of_proc():
     assert doctor._file_system(Path("/proc/self")) == "proc"
 
@@ -305,14 +315,49 @@ def test_nothing_was_recorded(tmp_path):
     (tmp_path / "c").mkdir()
     for path in (tmp_path / "c", tmp_path / "nowhere"):
         (found,) = findings(doctor.check_trace, path)
-        assert found.status == "problem" and str(path) in found.what
+        assert found.status == "problem" and str(path) in found.what and "doctor" not in found.what
+    assert "no such trace" in found.what
+
+
+@pytest.mark.parametrize("ledger", [sb.ledger(), []], ids=["bound", "no-ledger-yet"])
+def test_nothing_was_recorded_yet(tmp_path, monkeypatch, ledger):
+    monkeypatch.setattr(rank.Rank, "_owner_lives", lambda rank: True)
+    path = trace_of(tmp_path / "t", ledger, steps=False, closed=False)
+    found = findings(doctor.check_trace, path)
+    assert not only(found, "problem") and not any("MoE model" in f.todo for f in found)
+    (nothing,) = only(found, "warning")
+    assert nothing.what.endswith("recorded yet") and "no request was served yet?" in nothing.todo
+
+
+def test_a_trace_of_which_nothing_can_be_read(tmp_path):
+    path = trace_of(tmp_path / "t", sb.ledger())
+    segment = path / "run-1" / "rank-0" / "000000.moe"
+    segment.write_bytes(segment.read_bytes()[:1024])
+    found = findings(doctor.check_trace, path)
+    assert "no row can be read" in only(found, "lossy")[0].what and not only(found, "problem")
+
+
+def test_deleted_segments_are_no_loss_but_are_said(tmp_path):
+    path = trace_of(tmp_path / "t", sb.ledger())
+    directory = path / "run-1" / "rank-0"
+    (directory / "000000.moe").rename(directory / "000002.moe")
+    last = findings(doctor.check_trace, path)[-1]
+    assert last.status == "ok" and "nothing was lost, but retention deleted the oldest 2 segments" in last.what
+
+
+def test_who_asks_about_a_trace_needs_no_torch(bare, tmp_path, monkeypatch):
+    env = {**package(tmp_path, torch="raise ImportError"), "MOE_NATIVE_TRACE": str(tmp_path)}
+    path = trace_of(tmp_path / "t", sb.ledger())
+    for trace, status in ((None, "problem"), (path, "warning")):
+        first = next(doctor.examine(trace, env))
+        assert first.status == status and first.what.startswith("torch does not import here")
 
 
 @pytest.mark.parametrize("cause", range(len(sb.CAUSES)))
 def test_every_loss_has_a_remedy(tmp_path, cause):
     found = findings(doctor.check_trace, trace_of(tmp_path / "t", sb.ledger(), losses=[(cause, 1, 2, 30)]))
     (lost,) = only(found, "lossy")
-    assert lost.what == f"lost 1 steps, 2 layers, 30 rows: {sb.CAUSES[cause]}"
+    assert lost.what == f"lost 1 step, 2 layers, 30 rows: {sb.CAUSES[cause]}"
     assert lost.todo == doctor.REMEDIES[sb.CAUSES[cause]]
 
 
@@ -332,4 +377,4 @@ def test_the_command_is_1_for_a_problem_3_for_a_lossy_trace_and_0_for_neither(tm
     assert cli.main(["doctor", str(trace_of(tmp_path / "b", sb.ledger(), steps=False))]) == 1
     assert "problem  " in capsys.readouterr().out
     assert cli.main(["doctor", str(trace_of(tmp_path / "c", sb.ledger(), losses=[(0, 1, 2, 30)]))]) == 3
-    assert "lossy    lost 1 steps" in capsys.readouterr().out
+    assert "lossy    lost 1 step," in capsys.readouterr().out

@@ -211,8 +211,12 @@ def test_what_was_not_recorded_says_how_to_record_it(tmp_path):
     path = tmp_path / "000000.moe"
     path.write_bytes(sb.segment([sb.rows_block(steps)]))
     for name, fields in (("weights", "ids,weights"), ("logits", "ids,weights,logits")):
-        with pytest.raises(moe_trace.TraceError, match=f"{name} were not recorded.* MOE_NATIVE_FIELDS={fields}$"):
+        with pytest.raises(
+            moe_trace.TraceError, match=f'{name} were .*MOE_NATIVE_FIELDS={fields} or Recorder.fields="{fields}"'
+        ):
             getattr(moe_trace.open(path), name)
+    with pytest.raises(moe_trace.TraceError, match="hidden was not recorded"):
+        _ = moe_trace.open(path).hidden
 
 
 def test_bad_arguments_say_what_is_there(trace):

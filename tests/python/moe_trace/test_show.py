@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ def example(layers=2, experts=60, **changes):
         "state": "closed",
         "complete": True,
         "losses": [],
+        "deleted_segments": 0,
+        "whole_since": None,
         "problems": [],
         "coverage": {"exact": entries, "derived": [], "missed": [], "skipped": []},
         "runs": 1,
@@ -95,8 +98,45 @@ def test_layers_without_rows_and_odd_layers():
     of["layers"][1] |= {"status": "derived", "invalid": 7} | summary.of_layer(np.zeros(60, np.int64), 0, 7)
     line = next(line for line in printed(of).splitlines() if line.strip().startswith("1 "))
     assert line.split() == ["1", "0", *"---", "-", "-", "-", "derived", "7"]
-    nothing = example(0)
-    assert "no layer was recorded" in printed(nothing)
+
+
+def test_without_rows_it_says_why():
+    of = example()
+    for layer in of["layers"]:
+        layer |= summary.of_layer(np.zeros(60, np.int64), 0, 0)
+    text = printed(of)
+    assert "no rows in this selection; the trace has rows from 2026-11-21 10:15:00 to 2026-11-21 10:15:42 UTC" in text
+    assert "entropy" not in text and "dead" not in text
+    text = printed(of | {"state": "live", "first_time": None, "last_time": None})
+    assert (
+        "nothing recorded yet (2 MoE layers are bound)\n" in text
+        and "\nlive      rows of the last flush interval (10 s" in text
+    )
+    assert "2 of 2 MoE layers bound, no rows" in text
+    text = printed(example(0, state="live", first_time=None))
+    assert "nothing recorded yet\n" in text and "0 of 0" not in text and "0 layers" not in text
+    text = printed(example(0, first_time=None, complete=False, problems=["it is torn"]))
+    assert "no row can be read" in text
+
+
+def test_deleted_segments_are_said():
+    text = printed(example(deleted_segments=8, whole_since="2026-11-21T10:15:07Z"))
+    assert "closed, whole since 2026-11-21 10:15:07 UTC\n" in text
+    assert "losses    none\ndeleted   the oldest 8 segments (kept within max_bytes)\n" in text
+    assert "the oldest segment (" in printed(example(deleted_segments=1))
+
+
+def test_one_layer_is_no_layers():
+    assert "selected: layer 3, phase decode" in printed(example(selection={"layers": [3], "phase": "decode"}))
+
+
+def test_a_line_that_does_not_fit_hangs_below_its_own_text():
+    problems = ["word " * 40]
+    text = printed(example(path="a/" * 60, problems=problems), watched=True)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()
+    assert all(len(line.rstrip()) <= 80 for line in lines) and lines[1].startswith("  a/")
+    at = next(i for i, line in enumerate(lines) if line.startswith("problem   word"))
+    assert len(lines) > at + 1 and all(line.startswith(" " * 10 + "word") for line in lines[at + 1 :])
 
 
 def test_text_of_a_trace_cannot_steer_the_terminal():

@@ -17,6 +17,7 @@ import ring_bytes as rb
 import segment_bytes as sb
 
 import moe_trace
+from moe_trace import summary
 
 META = {"model": "tiny", "layers": sb.ledger()}
 
@@ -448,3 +449,30 @@ def test_repr(tmp_path):
     text = repr(moe_trace.open(tmp_path / "t"))
     assert "6" in text and "tiny" in text and "closed" in text
     assert json.loads((tmp_path / "t" / "run-1" / "rank-0" / "rank.json").read_text())["metadata"]["model"] == "tiny"
+
+
+def test_segments_that_retention_deleted_are_counted(tmp_path):
+    _, data = simple(number=8)
+    directory = sb.write_rank(tmp_path / "t" / "run-1" / "rank-0", [data], metadata=META)
+    assert moe_trace.open(tmp_path / "t").deleted_segments == 0
+    assert moe_trace.open(tmp_path / "t").whole_since is None
+    (directory / "000000.moe").rename(directory / "000008.moe")
+    trace = moe_trace.open(tmp_path / "t")
+    assert trace.complete and trace.deleted_segments == 8 and trace.whole_since == trace.first_time
+    assert repr(trace).endswith("6 rows x 2 layers, 1 run, closed, complete but for deleted segments>")
+    assert moe_trace.open(directory / "000008.moe").deleted_segments == 0, "one file was asked for"
+    of = summary.standing(trace)
+    assert of["deleted_segments"] == 8 and of["whole_since"] == of["first_time"] and of["complete"]
+
+
+def test_a_segment_without_its_end_says_how_much_is_there(tmp_path):
+    _, data = simple()
+    (tmp_path / "000000.moe").write_bytes(data[:-8])
+    assert "1 block readable, up to byte " in moe_trace.open(tmp_path / "000000.moe").problems[0]
+    (tmp_path / "000000.moe").write_bytes(data[: len(data) // 3])
+    assert "0 blocks readable, up to byte " in moe_trace.open(tmp_path / "000000.moe").problems[0]
+
+
+def test_what_is_no_file(tmp_path):
+    with pytest.raises(moe_trace.NotATrace, match="/dev/null is no trace: it is neither"):
+        moe_trace.open("/dev/null")
