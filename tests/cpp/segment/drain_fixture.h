@@ -42,15 +42,20 @@ struct DrainTest : testing::Test {
     }
     return all;
   }
-  // A step of one layer or more, each router called `calls` times.
-  static bool record_step(Recording& recording, const std::vector<Binding*>& layers, const Routed& part,
-                          int calls = 1) {
+  // A step up to its end: each router called `calls` times.
+  static bool begin_and_record(Recording& recording, const std::vector<Binding*>& layers, const Routed& part,
+                               int calls = 1) {
     const RowSpan span{0, part.rows * calls};
     if (recording.steps().begin_step({&span, 1}) != Begun::kAdmitted) return false;
     for (Binding* layer : layers) {
       for (int call = 0; call < calls; ++call) recording.steps().record(*layer, part.input());
     }
-    const std::vector<moe_native::Run> runs = {run(0, 0, static_cast<uint32_t>(span.count))};
+    return true;
+  }
+  static bool record_step(Recording& recording, const std::vector<Binding*>& layers, const Routed& part,
+                          int calls = 1) {
+    if (!begin_and_record(recording, layers, part, calls)) return false;
+    const std::vector<moe_native::Run> runs = {run(0, 0, static_cast<uint32_t>(part.rows * calls))};
     StepTable table;
     table.runs = runs;
     return recording.steps().end_step(table);

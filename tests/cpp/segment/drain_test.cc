@@ -61,10 +61,8 @@ TEST_F(DrainTest, AbortedStepsAloneDoNotFillTheRing) {
   Recording recording(options());
   const auto layers = test::bind_layers(recording.steps(), 4, 60, 4);
   const Routed routed(500, 4, 60);
-  const RowSpan span{0, 500};
   for (int i = 0; i < 200; ++i) {  // ten times what the ring holds
-    ASSERT_EQ(recording.steps().begin_step({&span, 1}), Begun::kAdmitted) << i;
-    for (Binding* layer : layers) recording.steps().record(*layer, routed.input());
+    ASSERT_TRUE(begin_and_record(recording, layers, routed)) << i;
     recording.steps().abort_step();
     ASSERT_TRUE(recording.drain().flush(10));
   }
@@ -77,10 +75,8 @@ TEST_F(DrainTest, SmallAbortedStepsDoNotFillTheDescriptors) {
   Recording recording(o);
   const auto layers = test::bind_layers(recording.steps(), 64, 128, 8);
   const Routed routed(1, 8, 128);
-  const RowSpan span{0, 1};
   for (int i = 0; i < 3000; ++i) {  // three times as many records as there are descriptors
-    ASSERT_EQ(recording.steps().begin_step({&span, 1}), Begun::kAdmitted) << i;
-    for (Binding* layer : layers) recording.steps().record(*layer, routed.input());
+    ASSERT_TRUE(begin_and_record(recording, layers, routed)) << i;
     recording.steps().abort_step();
   }
   EXPECT_EQ(recording.ring().losses(Loss::kAborted).steps, 3000u);
@@ -125,9 +121,7 @@ TEST_F(DrainTest, AbortedStepsDoNotStarveAStreamedOne) {
   ASSERT_TRUE(recording.drain().flush(10));
   for (const double share : {0.2, 0.24}) {
     const Routed routed(rows_of(share), 4, 60);
-    const RowSpan span{0, routed.rows};
-    ASSERT_EQ(recording.steps().begin_step({&span, 1}), Begun::kAdmitted);
-    recording.steps().record(*layers[0], routed.input());
+    ASSERT_TRUE(begin_and_record(recording, layers, routed));
     recording.steps().abort_step();
   }
   EXPECT_TRUE(record_step(recording, layers, Routed(rows_of(0.99), 4, 60)));
@@ -140,9 +134,7 @@ TEST_F(DrainTest, AnAbortedStreamedStepHasNoRowsWritten) {
   Recording recording(o);
   const auto layers = test::bind_layers(recording.steps(), 40, 60, 4);
   const Routed routed(4000, 4, 60);
-  const RowSpan span{0, 4000};
-  ASSERT_EQ(recording.steps().begin_step({&span, 1}), Begun::kAdmitted);
-  for (Binding* layer : layers) recording.steps().record(*layer, routed.input());
+  ASSERT_TRUE(begin_and_record(recording, layers, routed));
   recording.steps().abort_step();
   ASSERT_TRUE(recording.drain().flush(10));
   EXPECT_EQ(recording.drain().totals().rows.load(), 0u);
@@ -155,9 +147,7 @@ TEST_F(DrainTest, ClosingInTheMiddleOfAStreamedStepTakesItBack) {
     Recording recording(o);
     const auto layers = test::bind_layers(recording.steps(), 40, 60, 4);
     const Routed routed(4000, 4, 60);
-    const RowSpan span{0, 4000};
-    ASSERT_EQ(recording.steps().begin_step({&span, 1}), Begun::kAdmitted);
-    for (Binding* layer : layers) recording.steps().record(*layer, routed.input());
+    ASSERT_TRUE(begin_and_record(recording, layers, routed));
     recording.close();
     EXPECT_EQ(recording.ring().losses(Loss::kAborted).steps, 1u);
   }
