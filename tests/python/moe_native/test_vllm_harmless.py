@@ -68,7 +68,8 @@ def off(engine: Engine, checkpoint: Path) -> list[list[list[int]]]:
 def test_tokens_are_those_of_an_engine_without_recording(
     mode: str, engine: Engine, checkpoint: Path, tmp_path: Path, off: list[list[list[int]]]
 ) -> None:
-    calls = [ASKED, SAMPLED, ASKED]
+    # With drafts, what vLLM samples at a temperature differs from process to process, without us too.
+    calls = [ASKED, ASKED] if mode == "drafts" else [ASKED, SAMPLED, ASKED]
     without = off if mode == "prefix caching" else tokens(ask(engine, checkpoint, *calls, **MODES[mode]))
     settings = {"moe_native": {"trace": str(tmp_path), "fields": ALL_FIELDS}}
     answer = ask(engine, checkpoint, *calls, additional_config=settings, **MODES[mode])
