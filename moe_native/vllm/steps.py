@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ import numpy.typing as npt
 
 from moe_native.recorder import Recorder
 from moe_native.runs import FLAGS, MODALITIES, RUN_DTYPE, UNKNOWN, row_class
+from moe_native.vllm.forward import Forward
+from moe_native.vllm.layout import Span, cut_span
 
 PREFILL, DECODE = row_class("prefill", "text", True), row_class("decode", "text", True)
 _PHASE_BITS = 3
@@ -47,8 +49,11 @@ class Steps:
     Requests live in slots of a few arrays, so that a step is a handful of numpy calls, however many requests it has.
     """
 
-    def __init__(self, recorder: Recorder, runner: Any, *, tokens: bool = False) -> None:
+    def __init__(
+        self, recorder: Recorder, runner: Any, *, tokens: bool = False, forward: Forward | None = None
+    ) -> None:
         self._recorder = recorder
+        self._forward = forward  # where rows may lie elsewhere than at the start of the routers' tensors
         self._runner = runner
         self._tokens = tokens
         self._slots: dict[str, int] = {}  # by vLLM's internal id
@@ -60,8 +65,8 @@ class Steps:
         self._lowest: Ints = np.zeros(0, np.int64)  # the first of its positions that was executed (others were cached),
         self._executed: Ints = np.zeros(0, np.int64)  # one past the last that was executed,
         self._media: dict[int, list[MediaSpan]] = {}  # and what is not text in its prompt
-        # Draft tokens of a request's last step: (step, their first row, its position, how many).
-        self._drafts: dict[str, tuple[int, int, int, int]] = {}
+        # Draft tokens of a request's last step: (step, their first row, its position, how many, the rows recorded).
+        self._drafts: dict[str, tuple[int, int, int, int, Sequence[Span]]] = {}
         # The batch of the step before: while it stays the same, looking its requests up can be left out.
         self._batch: list[str] = []
         self._batch_slots: Ints = np.zeros(0, np.int64)
@@ -74,10 +79,23 @@ class Steps:
         for data in scheduler_output.scheduled_new_reqs:
             self._learn(data)
         rows = scheduler_output.total_num_scheduled_tokens
-        opened = rows > 0 and self._recorder.begin_step(rows)
+        opened = rows > 0 and (self._recorder.begin_step if self._forward is None else self._forward.begin)(rows)
         if rows > 0 and not opened:
             self._drafts.clear()  # what this step accepts of them will not be seen
         return opened
+
+    @property
+    def number(self) -> int:
+        """Of the step that was begun last."""
+        return self._recorder.step_number
+
+    def lose(self, scheduler_output: Any, number: int) -> None:
+        """`begin` raised after step `number`: the step is a counted loss. It takes its number all the same, since ranks
+        number their steps alike."""
+        rows = scheduler_output.total_num_scheduled_tokens
+        if rows > 0 and self._recorder.step_number == number:
+            self._recorder.begin_step(rows)
+        self.abort()
 
     def end(self, scheduler_output: Any) -> bool:
         """Commit the step. True; a step that the recorder could not keep is counted there."""
@@ -93,6 +111,8 @@ class Steps:
             drafts = getattr(scheduler_output, "scheduled_spec_decode_tokens", None)
             if drafts or self._drafts:
                 self._judge_drafts(requests, first.tolist(), ends.tolist(), counts.tolist(), drafts or {})
+        if self._forward is not None:
+            runs, tokens = self._forward.cut(runs, tokens)
         if not self._recorder.end_step(runs, tokens=tokens):
             self._drafts.clear()
         return True
@@ -179,16 +199,18 @@ class Steps:
         """Draft tokens that a step before executed and that were not accepted: a request goes on at the first position
         that was not. Its last step's are never known, and neither are those before a preemption."""
         step = self._recorder.step_number
+        kept = ((0, ends[-1]),) if self._forward is None else self._forward.kept
         for request, start, end, count in zip(requests, first, ends, counts, strict=True):
             earlier = self._drafts.pop(request, None)
             if earlier is not None:
-                of_step, row, position, number = earlier
+                of_step, row, position, number, recorded = earlier
                 accepted = start - position
                 if 0 <= accepted < number:
-                    self._recorder.amend(of_step, row + accepted, number - accepted, ["rejected"])
+                    for first_row, rows in cut_span(row + accepted, number - accepted, recorded):
+                        self._recorder.amend(of_step, first_row, rows, ["rejected"])
             number = len(drafts.get(request, ()))
             if number:
-                self._drafts[request] = (step, end - number, start + count - number, number)
+                self._drafts[request] = (step, end - number, start + count - number, number, kept)
 
     # Requests.
 

@@ -19,6 +19,7 @@ def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = {
         f"{g}_parallel_{what}": int(what == "size") for g in ("tensor", "pipeline", "data") for what in ("size", "rank")
     }
+    layout |= {"sequence_parallel": 0, "microbatches": 1, "prefill_context_parallel_size": 1}
     monkeypatch.setattr(metadata, "parallel_layout", lambda _: layout)
     monkeypatch.setattr(metadata, "describe", lambda *_: {"model": "fake"})
     # Another test may have made an engine in this process, whose log goes to vLLM's handlers.
@@ -129,8 +130,8 @@ def test_our_own_failure_in_a_step_is_counted_and_said_once(
     assert read.rows == 2
     assert sum(read.metadata["errors"].values()) == 3
     assert sum("a fault of ours" in record.getMessage() for record in caplog.records) == 1
-    if what == "end":
-        assert read.losses["aborted"].steps == 3
+    assert read.losses["aborted"].steps == 3
+    assert read.step_numbers.tolist() == [3, 3]  # other ranks have counted them as well
 
 
 def test_a_trace_that_cannot_be_made_does_not_stop_the_worker(
