@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -162,7 +163,10 @@ class Trace(Selection):
         model = self.metadata.get("model") or "unknown model"
         whole = "complete" if self.complete else "INCOMPLETE"
         whole += " but for deleted segments" if self.deleted_segments else ""
-        size = f"{count(self.rows, 'row')} x {count(len(self.layers), 'layer')}, {count(len(self.runs), 'run')}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of rows that not all stages have
+            rows = count(self.rows, "row")
+        size = f"{rows} x {count(len(self.layers), 'layer')}, {count(len(self.runs), 'run')}"
         return f"<moe_trace.Trace {self.path}: {model}, {size}, {self.state}, {whole}>"
 
 
