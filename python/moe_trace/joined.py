@@ -21,6 +21,7 @@ from moe_trace import format as fmt
 from moe_trace.batch import OTHER_ROWS, Batch, Filter, Rows, other_widths, promote
 from moe_trace.errors import TraceError
 from moe_trace.rank import Rank
+from moe_trace.units import count
 
 Shard = tuple[Rank, ...]  # its pipeline stages, in order
 Group = tuple[Shard, ...]
@@ -45,16 +46,44 @@ def groups(ranks: Sequence[Rank]) -> list[Group]:
     ]
 
 
+def absent(ranks: Sequence[Rank]) -> list[str]:
+    """A sentence for each group of which a rank is missing, with its rows or layers; unless segments were deleted, and
+    with the last one of a rank the rank.
+    """
+    if any(rank.deleted_segments for rank in ranks):
+        return []
+    found = []
+    for group in groups(ranks):
+        there, (shards, stages) = [rank for shard in group for rank in shard], _sizes(group[0][0])
+        if len(there) < shards * stages:
+            names = ", ".join(rank.name for rank in there)
+            which = f"{count(shards * stages, 'rank')} that recorded the same steps, only {names}"
+            found.append(f"{there[0].directory.parent} has, of {which}: what the others recorded is missing")
+    return found
+
+
+def _parallel(rank: Rank) -> dict[str, int]:
+    """What its metadata say of the parallel layout, as far as it can be used."""
+    said = rank.metadata.get("parallel")
+    return {key: value for key, value in said.items() if isinstance(value, int)} if isinstance(said, dict) else {}
+
+
+def _sizes(rank: Rank) -> tuple[int, int]:
+    """How many shards and stages its group has."""
+    parallel = _parallel(rank)
+    shards = parallel.get("tensor_parallel_size", 1) if parallel.get("sequence_parallel") else 1
+    return max(shards, 1), max(parallel.get("pipeline_parallel_size", 1), 1)
+
+
 def _place(rank: Rank) -> tuple[tuple[Any, ...], int, int]:
     """(what tells its group from others, its shard, its stage)."""
-    said = rank.metadata.get("parallel")
-    parallel = {key: value for key, value in said.items() if isinstance(value, int)} if isinstance(said, dict) else {}
-    stage = parallel.get("pipeline_parallel_rank", 0) if parallel.get("pipeline_parallel_size", 1) > 1 else 0
-    shard = parallel.get("tensor_parallel_rank", 0) if parallel.get("sequence_parallel") else 0
-    if parallel.get("pipeline_parallel_size", 1) <= 1 and not parallel.get("sequence_parallel"):
+    parallel, (shards, stages) = _parallel(rank), _sizes(rank)
+    if shards == stages == 1:
         return (rank.run, rank.name), 0, 0
-    inner = ("pipeline_parallel_rank", "tensor_parallel_rank" if parallel.get("sequence_parallel") else "")
-    others = tuple(sorted((k, v) for k, v in parallel.items() if k.endswith("_rank") and k not in inner))
+    stage = parallel.get("pipeline_parallel_rank", 0)
+    shard = parallel.get("tensor_parallel_rank", 0) if shards > 1 else 0
+    within = {"pipeline_parallel_rank", "tensor_parallel_rank" if shards > 1 else ""}
+    others = sorted((key, value) for key, value in parallel.items() if key.endswith("_rank") and key not in within)
     return (rank.run, *others), shard, stage
 
 

@@ -254,6 +254,20 @@ def test_ranks_that_are_not_told_apart_are_not_joined(tmp_path):
     assert trace.rows == 3 * sum(SIZES)
 
 
+def test_a_rank_that_is_missing_is_said(tmp_path):
+    steps, _ = sb.make_steps(SIZES, layers=LAYERS)
+    place = parallel(pp=0, tp=1, tp_size=2, sp=True)
+    write(tmp_path / "run-1" / "rank-1", steps, ("a", "b"), STAGES[0], place)
+    trace = moe_trace.open(tmp_path)
+    assert ["run-1 has, of 4 ranks that recorded the same steps, only rank-1" in text for text in trace.problems] == [
+        True
+    ]
+    assert not trace.complete
+    assert moe_trace.open(tmp_path / "run-1" / "rank-1").complete  # it is what was asked for
+    (tmp_path / "run-1" / "rank-1" / "000000.moe").rename(tmp_path / "run-1" / "rank-1" / "000001.moe")
+    assert not moe_trace.open(tmp_path).problems  # retention may have deleted them
+
+
 def test_info_and_summary_say_the_stages_and_count_a_token_once(tmp_path):
     steps, _ = sb.make_steps(SIZES, layers=LAYERS)
     pipeline(tmp_path / "run-1", steps)
