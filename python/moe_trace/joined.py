@@ -181,8 +181,8 @@ class Joined(Rows):
 
     def __init__(self, asked: Filter, pipelines: list[_Pipeline]) -> None:
         self._asked = asked
-        self._pipelines = pipelines
-        self.layers = tuple(sorted({layer for p in pipelines for stage in p.stages for layer in stage.layers}))
+        self._pipelines = [pipeline for pipeline in pipelines if len(pipeline.places[0])]
+        self.layers = tuple(sorted({layer for p in self._pipelines for stage in p.stages for layer in stage.layers}))
         self.left_out = sum(pipeline.left_out for pipeline in pipelines)
 
     @cached_property

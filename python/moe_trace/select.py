@@ -173,7 +173,8 @@ class Selection:
             if isinstance(part, Joined) and part.left_out:
                 lack = f"{count(part.left_out, 'row')} of {self._trace.path}"
                 warnings.warn(f"{lack} are left out: not all stages of the pipeline have them", stacklevel=4)
-            yield part
+            if part.rows:
+                yield part
 
     def _batch(self, rank: Rank, block: Block, asked: Filter) -> Batch | None:
         """What is selected of a block; None for nothing."""

@@ -123,6 +123,31 @@ def test_rows_that_a_stage_lost_are_left_out_and_counted(tmp_path):
     assert "INCOMPLETE" in repr(trace)
 
 
+def test_a_stage_that_lost_everything(tmp_path):
+    steps, _ = sb.make_steps(SIZES, layers=LAYERS)
+    pipeline(tmp_path / "run-1", steps, lost=((), range(len(SIZES))))
+    trace = moe_trace.open(tmp_path)
+    with pytest.warns(UserWarning, match=f"{sum(SIZES)} rows of"):
+        assert trace.ids.shape == (0, len(LAYERS), 4)
+    with pytest.warns(UserWarning, match=f"{sum(SIZES)} rows of"):
+        assert trace.rows == 0
+    assert trace.layer(STAGES[0]).rows == sum(SIZES)
+
+
+def test_a_stage_of_one_shard_that_lost_everything(tmp_path):
+    """The other shard's rows are still joined."""
+    steps, _ = sb.make_steps(SIZES, layers=LAYERS)
+    halves = [[step for step in (half(step, shard) for step in steps) if step.rows] for shard in range(2)]
+    for shard, own in enumerate(halves):
+        for stage, layers in enumerate(STAGES):
+            lost = range(len(SIZES)) if (shard, stage) == (0, 0) else ()
+            place = parallel(pp=stage, tp=shard, tp_size=2, sp=True)
+            write(tmp_path / "run-1" / f"rank-{2 * stage + shard}", own, ("a", "b"), layers, place, lost=lost)
+    trace = moe_trace.open(tmp_path)
+    with pytest.warns(UserWarning, match="rows of"):
+        assert np.array_equal(trace.ids, np.stack([rows_of(halves[1], layer) for layer in LAYERS], axis=1))
+
+
 def test_a_position_that_was_computed_again_is_not_taken_for_the_first_time(tmp_path):
     """Each stage lost another of the two steps that computed it."""
     steps, _ = sb.make_steps((3, 3), layers=LAYERS, requests=("a",))
