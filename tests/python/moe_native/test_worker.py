@@ -246,6 +246,17 @@ def test_prefill_context_parallelism_and_whole_graphs_are_named_holes(
     assert ["context parallelism" in layer.detail for layer in read.coverage] == [True, True]
 
 
+def test_the_first_run_of_an_engine_has_nothing_to_recover(trace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = Worker()
+    made.vllm_config.instance_id = "1234"
+    worker.follow(made)
+    made.load_model()
+    made.shutdown()
+    assert not [record for record in caplog.records if "recover" in record.getMessage()]
+    key = metadata.engine_key(made.vllm_config)
+    assert [path.name.endswith(f"Z-{key}") for path in trace.iterdir()] == [True]
+
+
 def test_engine_keys() -> None:
     """One for an engine and its data-parallel ranks, another for the next."""
     keys = [metadata.engine_key(SimpleNamespace(instance_id=name)) for name in ("a1b2c", "a1b2c_dp0", "a1b2c_dp12")]
