@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import secrets
 import tempfile
 import time
@@ -39,13 +40,45 @@ def make_rank_directory(trace: Path, rank: str, run: str | None = None) -> Path:
     raise FileExistsError(f"{trace} has a thousand runs named {base}")
 
 
+def shared_run(trace: Path, key: str) -> str:
+    """The name of the run that all processes with this `key` share, `run-<utc>-<key>`; the first of them makes it. Once
+    a rank of it is closed it takes no further ones: those are a new run, as of workers that were started again.
+
+    Raises:
+        OSError: a directory cannot be made or read.
+    """
+    trace.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = _DirectoryLock(trace)
+    try:
+        name = re.compile(rf"run-\d{{8}}T\d{{6}}Z-{re.escape(key)}(-\d+)?")
+        for run in sorted((run for run in trace.iterdir() if name.fullmatch(run.name)), reverse=True):
+            if not any(_closed(file) for file in run.glob("*/rank.json")):
+                return run.name
+        base = f"run-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{key}"
+        for attempt in range(1000):
+            run = trace / (base if attempt == 0 else f"{base}-{attempt + 1}")
+            with contextlib.suppress(FileExistsError):
+                run.mkdir(mode=0o700)
+                return run.name
+    finally:
+        lock.release()
+    raise FileExistsError(f"{trace} has a thousand runs named {base}")
+
+
+def _closed(file: Path) -> bool:
+    try:
+        return json.loads(file.read_bytes()).get("closed") is True
+    except (OSError, ValueError, AttributeError):  # it is being written, or a stranger's
+        return False
+
+
 def sweep_emptied_ranks(trace: Path) -> None:
     """Delete the directories of closed ranks whose segments retention has deleted. What cannot be deleted stays."""
     for file in trace.glob("run-*/*/rank.json"):
         rank = file.parent
         with contextlib.suppress(OSError, ValueError, AttributeError):
             emptied = not any(other.suffix in (".moe", ".open", ".ring") for other in rank.iterdir())
-            if emptied and json.loads(file.read_bytes()).get("closed") is True:
+            if emptied and _closed(file):
                 file.unlink()
                 rank.rmdir()
                 rank.parent.rmdir()  # fails, as it should, while another rank is in it

@@ -236,11 +236,19 @@ class Recorder:
         """The number of the open step, or of the one begun last; -1 before the first."""
         return int(self._core.step_number)
 
+    @property
+    def step_open(self) -> bool:
+        """Whether a step is being recorded."""
+        return bool(self._core.step_open)
+
     # Steps.
 
     def begin_step(self, n_rows: int, spans: Sequence[tuple[int, int]] | None = None) -> bool:
         """Open a step of `n_rows` real rows. `spans` says which rows of each layer's tensors they are, as `(start,
-        count)`; None: the first.
+        count)`; None: the first; empty: what `place` will say.
+
+        Every call takes the next step number, also when the step is not recorded, so that processes which see the same
+        steps number them alike.
 
         Returns:
             Whether the step is recorded. False is a counted loss (or recording is paused); do not call `end_step` then.
@@ -256,6 +264,24 @@ class Recorder:
         if self._core.has_messages:
             self._log_messages()
         return bool(self._core.begin_step(n_rows, spans) == 0)
+
+    def place(self, places: Sequence[tuple[int, int, int, int]]) -> None:
+        """Say where this thread's calls find the rows of the open step, which was begun with empty `spans`. A call
+        whose tensors fit none of the places is counted as bad input.
+
+        Args:
+            places: at most 8 of `(tensor_rows, start, first, count)`: in tensors of `tensor_rows` rows (-1: of any
+                number), those from `start` on are the step's rows from `first` on, `count` of them. The first that fits
+                counts.
+
+        Raises:
+            ValueError: a number is negative, or there are too many.
+        """
+        self._core.place(list(places))
+
+    def narrow(self, n_rows: int) -> None:
+        """The open step has only `n_rows` rows. To be said before its first layer."""
+        self._core.narrow(n_rows)
 
     def end_step(self, runs: npt.NDArray[np.void], tokens: npt.NDArray[Any] | None = None) -> bool:
         """Commit the open step.

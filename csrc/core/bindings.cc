@@ -35,10 +35,10 @@ int bind(StepRecorder& recorder, uint16_t layer, uint32_t experts, uint32_t row_
     b.experts = experts;
     b.enabled.store(enabled, std::memory_order_relaxed);
     b.every_step = every_step;
-    b.step = 0;
+    b.step.store(0, std::memory_order_relaxed);
     b.seen = 0;
-    b.row_bytes = row_bytes;
-    b.complained = false;
+    b.row_bytes.store(row_bytes, std::memory_order_relaxed);
+    b.complained.store(false, std::memory_order_relaxed);
     b.recorder.store(&recorder, std::memory_order_release);
     return index;
   }

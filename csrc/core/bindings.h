@@ -16,12 +16,13 @@ struct Binding {
   std::atomic<bool> enabled{true};
   bool every_step = true;  // a step without rows of this layer has lost them
 
-  // Within the open step: rows that this router has seen. A model may call its router several times a step (chunks).
-  uint64_t step = 0;
+  // The last step of which this router has seen rows, and how many of it. A model may call its router several times a
+  // step: in chunks by one thread, or by threads that have a place each, for which `seen` is not used.
+  std::atomic<uint64_t> step{0};
   int64_t seen = 0;
   // Bytes of one recorded row, for admission: a guess until the first record, then what it was.
-  uint32_t row_bytes = 0;
-  bool complained = false;
+  std::atomic<uint32_t> row_bytes{0};
+  std::atomic<bool> complained{false};
 };
 
 inline constexpr int kMaxBindings = 16384;

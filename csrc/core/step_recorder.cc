@@ -39,6 +39,36 @@ struct LaneClaim {
 };
 thread_local LaneClaim claim;
 
+struct ThreadPlaces {
+  uint64_t ring_id = 0;
+  uint64_t step = 0;
+  size_t count = 0;
+  Place items[kMostPlaces];
+};
+thread_local ThreadPlaces places_here;
+
+// Rows are addressed by their place among the kept rows of the step; the tensor holds rows [base, …) of what the spans
+// count. Calls `take(row of the tensor, count)` for kept rows [first, first + count).
+template <typename Take>
+void each_kept(std::span<const RowSpan> spans, int64_t base, int64_t first, int64_t count, Take&& take) {
+  int64_t kept = 0;
+  for (const RowSpan& span : spans) {
+    const int64_t from = std::max(kept, first);
+    const int64_t to = std::min(kept + span.count, first + count);
+    if (from < to) take(span.start + (from - kept) - base, to - from);
+    kept += span.count;
+  }
+}
+
+void copy_kept(const RowsView& view, std::span<const RowSpan> spans, int64_t base, int64_t first, int64_t count,
+               std::byte* out) {
+  const int64_t row_bytes = view.width * static_cast<int64_t>(size_of(view.dtype));
+  each_kept(spans, base, first, count, [&](int64_t row, int64_t rows) {
+    copy_rows(view, row, rows, out);
+    out += rows * row_bytes;
+  });
+}
+
 }  // namespace
 
 StepRecorder::StepRecorder(const Ring& ring, Overflow overflow, uint32_t fields, Messages& messages)
@@ -59,16 +89,34 @@ int StepRecorder::bind(uint16_t layer, uint32_t experts, uint32_t k, bool enable
 }
 
 Begun StepRecorder::begin_step(std::span<const RowSpan> spans) noexcept {
-  if (closed_.load(std::memory_order_relaxed)) return Begun::kPaused;
   if (step_open()) return Begun::kNested;
-  if (paused_) return Begun::kPaused;
   try {
     spans_.assign(spans.begin(), spans.end());
   } catch (...) {
     spans_.clear();
   }
-  step_rows_ = 0;
-  for (const RowSpan& span : spans_) step_rows_ += span.count;
+  placed_ = false;
+  int64_t rows = 0;
+  for (const RowSpan& span : spans_) rows += span.count;
+  return begin(rows);
+}
+
+Begun StepRecorder::begin_placed_step(int64_t rows) noexcept {
+  if (step_open()) return Begun::kNested;
+  spans_.clear();
+  placed_ = true;
+  return begin(rows);
+}
+
+// Steps are numbered whether they are recorded or not: ranks of one engine, which see the same steps, number them
+// alike.
+Begun StepRecorder::begin(int64_t rows) noexcept {
+  if (closed_.load(std::memory_order_relaxed)) return Begun::kPaused;
+  if (paused_) {
+    ++next_step_;
+    return Begun::kPaused;
+  }
+  step_rows_ = rows;
   step_time_ns_ = unix_time_ns();
   const uint64_t step = next_step_++;
   ring_.add(kStepsBegun, 1);
@@ -82,6 +130,29 @@ Begun StepRecorder::begin_step(std::span<const RowSpan> spans) noexcept {
   return Begun::kAdmitted;
 }
 
+void StepRecorder::place(std::span<const Place> places) noexcept {
+  places_here.ring_id = ring_.id();
+  places_here.step = open_step_.load(std::memory_order_relaxed);
+  places_here.count = std::min(places.size(), kMostPlaces);
+  std::copy_n(places.begin(), places_here.count, places_here.items);
+}
+
+void StepRecorder::narrow(int64_t rows) noexcept {
+  if (step_open()) step_rows_ = std::min(step_rows_, rows);
+}
+
+// nullptr: this thread was not told of tensors of this length.
+const Place* StepRecorder::placed(uint64_t step, int64_t tensor_rows) const noexcept {
+  if (places_here.step != step || places_here.ring_id != ring_.id()) return nullptr;
+  for (size_t i = 0; i < places_here.count; ++i) {
+    const Place& place = places_here.items[i];
+    if (place.tensor_rows != tensor_rows && place.tensor_rows >= 0) continue;
+    const bool fits = place.start + place.count <= tensor_rows && place.first + place.count <= step_rows_;
+    return fits ? &place : nullptr;
+  }
+  return nullptr;
+}
+
 bool StepRecorder::admit() noexcept {
   const uint64_t rows = static_cast<uint64_t>(step_rows_);
   uint64_t bytes = kTableBytes + rows * kTableBytesPerRow;
@@ -90,7 +161,7 @@ bool StepRecorder::admit() noexcept {
   for (const Binding* b : bindings_) {
     if (!b->enabled.load(std::memory_order_relaxed)) continue;
     ++enabled_layers_;
-    const uint64_t record = rows * b->row_bytes + 4 * kAlign;
+    const uint64_t record = rows * b->row_bytes.load(std::memory_order_relaxed) + 4 * kAlign;
     bytes += record;
     largest = std::max(largest, record);
   }
@@ -141,27 +212,10 @@ const char* StepRecorder::unusable(const LayerInput& in) const noexcept {
 
 void StepRecorder::complain(Binding& b, const char* problem) noexcept {
   ring_.lose(Loss::kBadInput, 0, 1, static_cast<uint64_t>(step_rows_));
-  if (b.complained) return;
-  b.complained = true;
+  if (b.complained.exchange(true, std::memory_order_relaxed)) return;
   try {
     messages_.post("layer " + std::to_string(b.layer) + " is not recorded: " + problem);
   } catch (...) {
-  }
-}
-
-// Rows are addressed by their place among the kept rows of the step; the tensor holds rows [base, …) of the whole step.
-void StepRecorder::copy_kept(const RowsView& view, int64_t base, int64_t kept_first, int64_t count,
-                             std::byte* out) const noexcept {
-  const int64_t row_bytes = view.width * static_cast<int64_t>(size_of(view.dtype));
-  int64_t kept = 0;
-  for (const RowSpan& span : spans_) {
-    const int64_t from = std::max(kept, kept_first);
-    const int64_t to = std::min(kept + span.count, kept_first + count);
-    if (from < to) {
-      copy_rows(view, span.start + (from - kept) - base, to - from, out);
-      out += (to - from) * row_bytes;
-    }
-    kept += span.count;
   }
 }
 
@@ -170,24 +224,40 @@ void StepRecorder::record(Binding& b, const LayerInput& in) noexcept {
   if (step == 0 || !b.enabled.load(std::memory_order_relaxed)) return;
   if (failed_.load(std::memory_order_relaxed) >= 0) return;
   if (const char* problem = unusable(in)) {
-    b.step = step;  // where further chunks of this layer would lie is not known any more
-    b.seen = std::numeric_limits<int64_t>::max() / 2;
+    b.step.store(step,
+                 std::memory_order_relaxed);  // where further chunks of this layer would lie is not known any more
+    if (!placed_) b.seen = std::numeric_limits<int64_t>::max() / 2;
     return complain(b, problem);
   }
 
   // Which of the step's rows does this tensor hold, and which of those are kept?
-  const int64_t base = b.step == step ? b.seen : 0;
-  b.step = step;
-  b.seen = base + in.ids.rows;
-  int64_t kept = 0, kept_first = -1, kept_count = 0;
-  for (const RowSpan& span : spans_) {
-    const int64_t from = std::max(span.start, base);
-    const int64_t to = std::min(span.start + span.count, b.seen);
-    if (from < to) {
-      if (kept_first < 0) kept_first = kept + (from - span.start);
-      kept_count += to - from;
+  const bool again = b.step.load(std::memory_order_relaxed) == step;
+  b.step.store(step, std::memory_order_relaxed);
+  std::span<const RowSpan> spans = spans_;
+  RowSpan of_place;
+  int64_t base = 0, first_row = 0, kept_first = -1, kept_count = 0;
+  if (placed_) {
+    const Place* place = placed(step, in.ids.rows);
+    if (place == nullptr)
+      return complain(b, "in a layout of ranks that is not known, its tensors do not show whose their rows are");
+    of_place = {place->start, place->count};
+    spans = {&of_place, 1};
+    first_row = place->first;
+    kept_first = 0;
+    kept_count = place->count;
+  } else {
+    base = again ? b.seen : 0;
+    b.seen = base + in.ids.rows;
+    int64_t kept = 0;
+    for (const RowSpan& span : spans) {
+      const int64_t from = std::max(span.start, base);
+      const int64_t to = std::min(span.start + span.count, b.seen);
+      if (from < to) {
+        if (kept_first < 0) kept_first = kept + (from - span.start);
+        kept_count += to - from;
+      }
+      kept += span.count;
     }
-    kept += span.count;
   }
   if (kept_count == 0) return;
 
@@ -210,12 +280,13 @@ void StepRecorder::record(Binding& b, const LayerInput& in) noexcept {
     shape.hidden_dtype = in.hidden.dtype;
     shape.hidden_width = static_cast<uint32_t>(in.hidden.width);
   }
-  b.row_bytes = static_cast<uint32_t>(shape.k * (size_of(shape.ids_dtype) + size_of(shape.weights_dtype)) +
-                                      shape.logits_width * size_of(shape.logits_dtype) +
-                                      shape.hidden_width * size_of(shape.hidden_dtype));
+  const auto row_bytes = static_cast<uint32_t>(shape.k * (size_of(shape.ids_dtype) + size_of(shape.weights_dtype)) +
+                                               shape.logits_width * size_of(shape.logits_dtype) +
+                                               shape.hidden_width * size_of(shape.hidden_dtype));
+  b.row_bytes.store(row_bytes, std::memory_order_relaxed);
 
   // One record, unless it would take more than a quarter of the arena.
-  const int64_t most = std::max<int64_t>(1, static_cast<int64_t>((lane.capacity() / 4 - 4 * kAlign) / b.row_bytes));
+  const int64_t most = std::max<int64_t>(1, static_cast<int64_t>((lane.capacity() / 4 - 4 * kAlign) / row_bytes));
   for (int64_t done = 0; done < kept_count;) {
     const int64_t count = std::min(kept_count - done, most);
     shape.rows = static_cast<uint32_t>(count);
@@ -231,7 +302,7 @@ void StepRecorder::record(Binding& b, const LayerInput& in) noexcept {
     d->tokens = 0;
     d->layer = b.layer;
     d->rows = shape.rows;
-    d->first_row = static_cast<uint32_t>(kept_first + done);
+    d->first_row = static_cast<uint32_t>(first_row + kept_first + done);
     d->step_rows = static_cast<uint32_t>(step_rows_);
     d->k = shape.k;
     d->logits_width = shape.logits_width;
@@ -243,20 +314,17 @@ void StepRecorder::record(Binding& b, const LayerInput& in) noexcept {
     std::byte* out = lane.payload(*d);
     uint32_t invalid = 0;
     const int64_t id_bytes = static_cast<int64_t>(size_of(shape.ids_dtype)) * in.ids.width;
-    int64_t span_kept = 0;
     std::byte* ids_out = out + at.ids;
-    for (const RowSpan& span : spans_) {
-      const int64_t from = std::max(span_kept, kept_first + done);
-      const int64_t to = std::min(span_kept + span.count, kept_first + done + count);
-      if (from < to) {
-        invalid += narrow_ids(in.ids, span.start + (from - span_kept) - base, to - from, b.experts, ids_out);
-        ids_out += (to - from) * id_bytes;
-      }
-      span_kept += span.count;
-    }
-    if (shape.weights_dtype != DType::kNone) copy_kept(in.weights, base, kept_first + done, count, out + at.weights);
-    if (shape.logits_dtype != DType::kNone) copy_kept(in.logits, base, kept_first + done, count, out + at.logits);
-    if (shape.hidden_dtype != DType::kNone) copy_kept(in.hidden, base, kept_first + done, count, out + at.hidden);
+    each_kept(spans, base, kept_first + done, count, [&](int64_t row, int64_t rows) {
+      invalid += narrow_ids(in.ids, row, rows, b.experts, ids_out);
+      ids_out += rows * id_bytes;
+    });
+    const auto copy = [&](const RowsView& view, uint64_t to) {
+      copy_kept(view, spans, base, kept_first + done, count, out + to);
+    };
+    if (shape.weights_dtype != DType::kNone) copy(in.weights, at.weights);
+    if (shape.logits_dtype != DType::kNone) copy(in.logits, at.logits);
+    if (shape.hidden_dtype != DType::kNone) copy(in.hidden, at.hidden);
     d->invalid_ids = invalid;
     if (invalid != 0) ring_.add(kInvalidIds, invalid);
     lane.commit(*d);
@@ -352,7 +420,8 @@ void StepRecorder::close_step(uint64_t step, const StepTable* table) noexcept {
 void StepRecorder::count_silent_layers(uint64_t step) noexcept {
   if (step_rows_ == 0) return;
   for (const Binding* b : bindings_) {
-    if (b->every_step && b->step != step && b->enabled.load(std::memory_order_relaxed)) {
+    if (b->every_step && b->step.load(std::memory_order_relaxed) != step &&
+        b->enabled.load(std::memory_order_relaxed)) {
       ring_.lose(Loss::kIncomplete, 0, 1, static_cast<uint64_t>(step_rows_));
     }
   }

@@ -1,12 +1,14 @@
 // The producer's side of a recorder: the step protocol.
 //
 //   begin_step   admits the whole step, or refuses it and counts it
+//   place        where this thread's calls find the step's rows, where begin_step could not know
 //   record       one layer's rows, called from the op; does nothing outside an open step
 //   end_step     says whose rows they were and commits the step
 //   abort_step   the program gave the step up
 //
 // begin, end and abort are called by one thread at a time. record may be called by as many threads as there are lanes,
-// each layer by one of them; the program orders those calls between begin and end, as a forward pass does.
+// each layer by one of them, unless they have places; the program orders those calls between begin and end, as a
+// forward pass does.
 #pragma once
 
 #include <atomic>
@@ -39,6 +41,16 @@ struct RowSpan {
   int64_t count = 0;
 };
 
+// In tensors of `tensor_rows` rows (any number, where it is negative), those from `start` on are the step's rows from
+// `first` on, `count` of them.
+struct Place {
+  int64_t tensor_rows = -1;
+  int64_t start = 0;
+  int64_t first = 0;
+  int64_t count = 0;
+};
+inline constexpr size_t kMostPlaces = 8;
+
 struct LayerInput {
   RowsView ids;
   RowsView weights;
@@ -68,6 +80,13 @@ class StepRecorder {
 
   // `spans` ascend and do not overlap. With Overflow::kBlock this may wait.
   Begun begin_step(std::span<const RowSpan> spans) noexcept;
+  // As above, for `rows` rows that each thread finds by its places. A call of a thread without a fitting one is counted
+  // as bad input.
+  Begun begin_placed_step(int64_t rows) noexcept;
+  // The places of this thread in the open step, at most kMostPlaces; what it has been told before is forgotten.
+  void place(std::span<const Place> places) noexcept;
+  // The open step has only so many rows, as is known before its first layer.
+  void narrow(int64_t rows) noexcept;
   void record(Binding& binding, const LayerInput& input) noexcept;
   // False: nothing is open, or the step was lost (counted). The runs must cover the step's rows.
   bool end_step(const StepTable& table) noexcept;
@@ -86,11 +105,12 @@ class StepRecorder {
     LaneProducer producer;
   };
 
+  Begun begin(int64_t rows) noexcept;
   bool admit() noexcept;
   int claim_lane(uint64_t step) noexcept;
   const char* unusable(const LayerInput& input) const noexcept;
   void complain(Binding& binding, const char* problem) noexcept;
-  void copy_kept(const RowsView& view, int64_t base, int64_t kept_first, int64_t count, std::byte* out) const noexcept;
+  const Place* placed(uint64_t step, int64_t tensor_rows) const noexcept;
   Descriptor* reserve(LaneProducer& lane, uint64_t bytes) noexcept;
   void fail(Loss cause) noexcept;
   void close_step(uint64_t step, const StepTable* table) noexcept;
@@ -117,6 +137,7 @@ class StepRecorder {
   uint32_t enabled_layers_ = 0;
   bool streamed_ = false;
   std::vector<RowSpan> spans_;
+  bool placed_ = false;  // the step's rows are where each thread's places say
 };
 
 }  // namespace moe_native

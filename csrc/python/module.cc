@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <system_error>
+#include <tuple>
 #include <vector>
 
 #include "core/owner.h"
@@ -54,8 +55,10 @@ class Handle {
   // 0 admitted, 1 refused, 2 paused
   int begin_step(int64_t rows, const std::optional<std::vector<std::pair<int64_t, int64_t>>>& spans) {
     if (!usable()) return static_cast<int>(Begun::kPaused);
+    if (rows < 0 || rows >= int64_t{1} << 32) throw py::value_error("n_rows must be between 0 and 2**32 - 1");
     std::vector<RowSpan> kept;
-    if (spans) {
+    const bool placed = spans && spans->empty() && rows > 0;
+    if (spans && !placed) {
       int64_t end = 0, sum = 0;
       for (const auto& [start, count] : *spans) {
         if (start < end || count < 0) throw py::value_error("spans must ascend and not overlap");
@@ -67,16 +70,32 @@ class Handle {
     } else {
       kept.push_back({0, rows});
     }
-    if (rows < 0 || rows >= int64_t{1} << 32) throw py::value_error("n_rows must be between 0 and 2**32 - 1");
+    StepRecorder& steps = recording_->steps();
+    const auto begin = [&] { return placed ? steps.begin_placed_step(rows) : steps.begin_step(kept); };
     Begun begun;
     if (blocks_) {  // it may wait, and other Python threads should not
       const py::gil_scoped_release release;
-      begun = recording_->steps().begin_step(kept);
+      begun = begin();
     } else {
-      begun = recording_->steps().begin_step(kept);
+      begun = begin();
     }
     if (begun == Begun::kNested) throw std::runtime_error("a step is open already: end it before the next one begins");
     return static_cast<int>(begun);
+  }
+
+  void place(const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>>& places) {
+    if (!usable()) return;
+    if (places.size() > kMostPlaces) throw py::value_error("at most " + std::to_string(kMostPlaces) + " places");
+    std::vector<Place> told;
+    for (const auto& [tensor_rows, start, first, count] : places) {
+      if (start < 0 || first < 0 || count < 0) throw py::value_error("a place has no negative row");
+      told.push_back({tensor_rows, start, first, count});
+    }
+    recording_->steps().place(told);
+  }
+  void narrow(int64_t rows) {
+    if (rows < 0) throw py::value_error("a step has no negative number of rows");
+    if (usable()) recording_->steps().narrow(rows);
   }
 
   bool end_step(const py::array& runs, const std::optional<py::array_t<uint32_t, py::array::c_style>>& tokens,
@@ -190,6 +209,8 @@ PYBIND11_MODULE(_C, m) {
       .def("bind", &Handle::bind, py::arg("layer"), py::arg("experts"), py::arg("k"), py::arg("enabled"),
            py::arg("every_step"))
       .def("begin_step", &Handle::begin_step, py::arg("rows"), py::arg("spans") = py::none())
+      .def("place", &Handle::place, py::arg("places"))
+      .def("narrow", &Handle::narrow, py::arg("rows"))
       .def("end_step", &Handle::end_step, py::arg("runs"), py::arg("tokens"), py::arg("notes"), py::arg("note_count"))
       .def("abort_step", &Handle::abort_step)
       .def("pause", &Handle::pause)

@@ -3,10 +3,12 @@ row's fate is a late fact about an earlier step."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moe_native.recorder import Recorder
+from moe_native.vllm.layout import Span, cut_span
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class Drafts:
     row: int  # the first of them in that step
     position: int  # and its position in the request
     count: int
+    recorded: Sequence[Span]  # the rows of that step that this rank records, as (first, count)
 
 
 class DraftFates:
@@ -60,13 +63,17 @@ class DraftFates:
             return self.ended(request)
         drafts = self._waiting.pop(request)
         if accepted < drafts.count:
-            self._recorder.amend(drafts.step, drafts.row + accepted, drafts.count - accepted, ["rejected"])
+            self._amend(drafts, accepted, "rejected")
 
     def ended(self, request: str) -> None:
         """Nothing more will be heard of this request."""
         drafts = self._waiting.pop(request, None)
         if drafts is not None:
-            self._recorder.amend(drafts.step, drafts.row, drafts.count, ["undecided"])
+            self._amend(drafts, 0, "undecided")
+
+    def _amend(self, drafts: Drafts, accepted: int, flag: str) -> None:
+        for first, count in cut_span(drafts.row + accepted, drafts.count - accepted, drafts.recorded):
+            self._recorder.amend(drafts.step, first, count, [flag])
 
     def missed(self) -> None:
         """A step was executed and not recorded: what it said of the drafts before it was not seen."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from importlib import metadata
 from typing import Any
 
@@ -22,6 +24,9 @@ def parallel_layout(worker: Any) -> dict[str, Any]:
     layout["tensor_parallel_rank"] = get_tp_group().rank_in_group
     layout["pipeline_parallel_rank"] = get_pp_group().rank_in_group
     layout["data_parallel_rank"] = int(getattr(config, "data_parallel_rank", 0) or 0)
+    layout["prefill_context_parallel_size"] = int(getattr(config, "prefill_context_parallel_size", 1))
+    layout["sequence_parallel"] = bool(getattr(config, "use_sequence_parallel_moe", False))
+    layout["microbatches"] = int(config.num_ubatches) if getattr(config, "use_ubatching", False) else 1
     layout["expert_parallel"] = bool(getattr(config, "enable_expert_parallel", False))
     layout["world_size"] = int(getattr(config, "world_size", 1))
     return layout
@@ -35,6 +40,13 @@ def rank_name(rank: int, layout: dict[str, Any]) -> str:
         if layout[f"{group}_parallel_size"] > 1:
             name += f"-{short}{layout[f'{group}_parallel_rank']}"
     return name
+
+
+def engine_key(vllm_config: Any) -> str | None:
+    """The same in all workers of an engine, its data-parallel ranks included, and in no other engine; None where vLLM
+    does not say."""
+    instance = re.sub(r"_dp\d+$", "", str(getattr(vllm_config, "instance_id", "") or ""))
+    return hashlib.blake2s(instance.encode(), digest_size=4).hexdigest() if instance else None
 
 
 def describe(worker: Any, layout: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from moe_native.recorder import Recorder
 from moe_native.runs import DRAFT, FLAGS, RECOMPUTED, RUN_DTYPE, UNKNOWN, row_class
 from moe_native.vllm.drafts import DraftFates, Drafts
+from moe_native.vllm.forward import Forward
 from moe_native.vllm.media import MediaSpan, media_spans
 from moe_native.vllm.prefix import BlockOwners, CachedSpan
 
@@ -50,8 +51,11 @@ class Steps:
     Requests live in slots of a few arrays, so that a step is a handful of numpy calls, however many requests it has.
     """
 
-    def __init__(self, recorder: Recorder, runner: Any, *, tokens: bool = False) -> None:
+    def __init__(
+        self, recorder: Recorder, runner: Any, *, tokens: bool = False, forward: Forward | None = None
+    ) -> None:
         self._recorder = recorder
+        self._forward = forward  # where rows may lie elsewhere than at the start of the routers' tensors
         self._runner = runner
         self._tokens = tokens
         self.owners: BlockOwners | None = None  # of the KV blocks, where the prefix cache is followed
@@ -84,10 +88,23 @@ class Steps:
         for data in first_seen:
             self._note_cached(data)
         rows = scheduler_output.total_num_scheduled_tokens
-        opened = rows > 0 and self._recorder.begin_step(rows)
+        opened = rows > 0 and (self._recorder.begin_step if self._forward is None else self._forward.begin)(rows)
         if rows > 0 and not opened:
             self._fates.missed()
         return opened
+
+    @property
+    def number(self) -> int:
+        """Of the step that was begun last."""
+        return self._recorder.step_number
+
+    def lose(self, scheduler_output: Any, number: int) -> None:
+        """`begin` raised after step `number`: the step is a counted loss. It takes its number all the same, since ranks
+        number their steps alike."""
+        rows = scheduler_output.total_num_scheduled_tokens
+        if rows > 0 and self._recorder.step_number == number:
+            self._recorder.begin_step(rows)
+        self.abort()
 
     def end(self, scheduler_output: Any) -> bool:
         """Commit the step. True; a step that the recorder could not keep is counted there."""
@@ -107,6 +124,8 @@ class Steps:
                 for request, position in zip(requests, first.tolist(), strict=True):
                     self._fates.continued(request, position)
             runs = self._runs(requests, first, counts, drafts)
+        if self._forward is not None:
+            runs, tokens = self._forward.cut(runs, tokens)
         if self._recorder.end_step(runs, tokens=tokens):
             for request, of_request in drafts.items():
                 self._fates.executed(request, of_request)
@@ -212,8 +231,9 @@ class Steps:
     ) -> dict[str, Drafts]:
         """The draft tokens of this step: the last ones of a request's rows."""
         step = self._recorder.step_number
+        kept = ((0, ends[-1]),) if self._forward is None else self._forward.kept
         return {
-            request: Drafts(step, row=end - number, position=start + count - number, count=number)
+            request: Drafts(step, row=end - number, position=start + count - number, count=number, recorded=kept)
             for request, start, end, count in zip(requests, first, ends, counts, strict=True)
             if (number := len(speculated.get(request, ())))
         }

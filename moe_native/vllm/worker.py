@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moe_native.config import Config, ConfigError
@@ -127,9 +128,10 @@ class WorkerRecording:
             steps = self._steps
             if not self._armed or steps is None:
                 return original(scheduler_output, *args, **kwargs)
+            number = steps.number
             opened = self._guard("opening a step", steps.begin, scheduler_output)
             if opened is None:
-                self._guard("giving up a step", steps.abort)
+                self._guard("giving up a step", steps.lose, scheduler_output, number)
             try:
                 result = original(scheduler_output, *args, **kwargs)
             except BaseException:
@@ -174,19 +176,26 @@ class WorkerRecording:
 
     def _bind(self) -> None:
         global _bindings_in_use
+        from moe_native.rank_directory import shared_run
         from moe_native.recorder import Recorder
-        from moe_native.vllm import metadata, routers
+        from moe_native.vllm import forward, layout, metadata, routers
         from moe_native.vllm.steps import Steps
 
         parallel = metadata.parallel_layout(self.worker)
-        if parallel["tensor_parallel_rank"] != 0:
-            return  # ranks of a tensor-parallel group route alike; the first one records for all
-        runner = self.worker.model_runner
-        layers = routers.find(runner.get_model(), self.worker.device)
+        if not layout.records(parallel):
+            return
+        runner, placed = self.worker.model_runner, layout.needs_places(parallel)
+        model = runner.get_model()
+        layers = routers.find(model, self.worker.device)
+        obstacle = layout.obstacle(parallel) or (forward.obstacle(model) if placed else "")
+        layers = [replace(layer, obstacle=layer.obstacle or obstacle) for layer in layers]
         assert self.config.trace is not None
+        key = metadata.engine_key(self.worker.vllm_config)
         recorder = Recorder(
             self.config.trace,
+            run=None if key is None else shared_run(self.config.trace, key),
             rank=metadata.rank_name(self.worker.rank, parallel),
+            lanes=parallel["microbatches"],
             metadata=metadata.describe(self.worker, parallel),
             **self.config.recorder_arguments(),
         )
@@ -200,7 +209,8 @@ class WorkerRecording:
         self.recorder = recorder
         self._say(layers)
         if self._bound:
-            self._steps = Steps(recorder, runner, tokens="tokens" in self.config.fields)
+            places = forward.Forward(model, recorder, parallel, self._guard) if placed else None
+            self._steps = Steps(recorder, runner, tokens="tokens" in self.config.fields, forward=places)
 
     def _follow_blocks(self, steps: Steps) -> None:
         from moe_native.vllm import prefix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from moe_trace.notes import names
 from moe_trace.rank import Rank
 
 _SUPERSEDED = fmt.RUN_FLAGS["superseded"]
-_NOT_CURRENT = _SUPERSEDED | sum(fmt.RUN_FLAGS[name] for name in ("rejected", "discarded", "undecided"))
+NOT_CURRENT = _SUPERSEDED | sum(fmt.RUN_FLAGS[name] for name in ("rejected", "discarded", "undecided"))
 
 
 @dataclass(frozen=True)
@@ -70,52 +71,20 @@ class Filter:
         )
 
 
-class Batch:
-    """The selected rows of one block.
-
-    Attributes are read when they are first asked for, and have the shapes of `Selection`'s.
+class Rows(abc.ABC):
+    """Selected rows, with what they have a column of. Attributes are read when they are first asked for, and have the
+    shapes of `Selection`'s.
 
     Attributes:
         layers: the layers that have rows here, of those asked for.
-        run, rank: names of the run and the rank that recorded them. Requests of one name in two runs are two requests.
     """
 
-    def __init__(
-        self, rank: Rank, block: Block, asked: Filter, layers: tuple[int, ...], keep: npt.NDArray[np.bool_] | None
-    ) -> None:
-        self._rank = rank
-        self._block = block
-        self._asked = asked
-        self._keep = keep  # of the block's runs; None: all
-        self.layers = layers
-        self.run, self.rank = rank.run, rank.name
+    _asked: Filter
+    layers: tuple[int, ...]
 
-    @cached_property
-    def _mask(self) -> npt.NDArray[np.bool_] | None:
-        mask = None if self._keep is None else np.repeat(self._keep, self._block.runs["count"])
-        if self._asked.current:
-            counts = (self._all_flags & _NOT_CURRENT) == 0
-            mask = counts if mask is None else mask & counts
-        return mask
-
-    def _rows(self, per_row: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return per_row if self._mask is None else per_row[self._mask]
-
-    def _per_run(self, per_run: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return self._rows(np.repeat(per_run, self._block.runs["count"]))
-
-    @cached_property
-    def rows(self) -> int:
-        """Number of rows."""
-        if self._asked.current and self._mask is not None:
-            return int(self._mask.sum())
-        return self._block.rows if self._keep is None else int(self._block.runs["count"][self._keep].sum())
-
+    @abc.abstractmethod
     def column(self, field: int, layer: int) -> npt.NDArray[Any] | None:
-        """One column of one layer, `[rows, width]`; None where this block does not have it."""
-        if not self._block.has(field, layer):
-            return None
-        return self._rows(self._block.column(field, layer))
+        """One column of one layer, `[rows, width]`; None where it is not here."""
 
     def _layers(self, field: int) -> npt.NDArray[Any]:
         columns = [self.column(field, layer) for layer in self.layers]
@@ -158,6 +127,54 @@ class Batch:
         if column is None:
             raise TraceError(f"token ids were not recorded. {_how_to_record('ids,weights,tokens')}")
         return _unknown_to_minus_one(column[:, 0])
+
+
+class Batch(Rows):
+    """The selected rows of one block.
+
+    Attributes are read when they are first asked for, and have the shapes of `Selection`'s.
+
+    Attributes:
+        layers: the layers that have rows here, of those asked for.
+        run, rank: names of the run and the rank that recorded them. Requests of one name in two runs are two requests.
+    """
+
+    def __init__(
+        self, rank: Rank, block: Block, asked: Filter, layers: tuple[int, ...], keep: npt.NDArray[np.bool_] | None
+    ) -> None:
+        self._rank = rank
+        self._block = block
+        self._asked = asked
+        self._keep = keep  # of the block's runs; None: all
+        self.layers = layers
+        self.run, self.rank = rank.run, rank.name
+
+    @cached_property
+    def _mask(self) -> npt.NDArray[np.bool_] | None:
+        mask = None if self._keep is None else np.repeat(self._keep, self._block.runs["count"])
+        if self._asked.current:
+            counts = (self._all_flags & NOT_CURRENT) == 0
+            mask = counts if mask is None else mask & counts
+        return mask
+
+    def _rows(self, per_row: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return per_row if self._mask is None else per_row[self._mask]
+
+    def _per_run(self, per_run: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return self._rows(np.repeat(per_run, self._block.runs["count"]))
+
+    @cached_property
+    def rows(self) -> int:
+        """Number of rows."""
+        if self._asked.current and self._mask is not None:
+            return int(self._mask.sum())
+        return self._block.rows if self._keep is None else int(self._block.runs["count"][self._keep].sum())
+
+    def column(self, field: int, layer: int) -> npt.NDArray[Any] | None:
+        """One column of one layer, `[rows, width]`; None where this block does not have it."""
+        if not self._block.has(field, layer):
+            return None
+        return self._rows(self._block.column(field, layer))
 
     @cached_property
     def positions(self) -> npt.NDArray[np.int64]:
@@ -219,10 +236,23 @@ class Batch:
         return np.repeat(self._block.steps["step"].astype(np.int64), self._block.steps["rows"])
 
     @cached_property
+    def row_numbers(self) -> npt.NDArray[np.int64]:
+        """Which row of its step each row is, int64 `[rows]`."""
+        counts = self._block.steps["rows"].astype(np.int64)
+        return self._rows(np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts))
+
+    @cached_property
     def times(self) -> npt.NDArray[np.datetime64]:
         """Start of each row's step, UTC, datetime64[ns] `[rows]`."""
         times = np.repeat(self._block.steps["time_ns"], self._block.steps["rows"])
         return self._rows(times).view("datetime64[ns]")
+
+
+OTHER_ROWS = "not all of these layers have the same rows: select one layer, as in trace.layer(0), or read by batches()"
+
+
+def other_widths(name: str) -> str:
+    return f"the {name} of this selection have different widths over time: read them by batches()"
 
 
 def promote(parts: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:

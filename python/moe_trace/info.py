@@ -7,12 +7,13 @@ The object (`"format": "moe-native info"`, `"version": 1`; later versions may ad
 |---|---|
 | `metadata` | of the newest rank: csrc/FORMAT.md, section 6, without `layers` |
 | `recorded` | `{"ids": "uint8", …}`: the columns of the newest rows and their types; several types are joined by `/` |
-| `steps`, `rows` | executed steps and tokens, over all ranks |
+| `steps`, `rows` | executed steps and tokens, over all data-parallel ranks; of the stages of a pipeline, the most |
 | `layer_rows` | rows of layers: the sum over layers of their tokens |
 | `requests` | how many requests have a name (one in several runs is counted once) |
 | `bytes`, `bytes_per_layer_row` | of all segment files; `bytes / layer_rows`, null without rows |
-| `rank_list` | an object a rank: `run`, `rank`, `state`, `pid`, `ring` (path or null), `ring_steps` and `ring_rows` |
-| | (what a dead process left in its ring and no segment has yet), `bytes`, `segments` |
+| `rank_list` | an object a rank: `run`, `rank`, `layers` (those it recorded), `state`, `pid`, `ring` (path or |
+| | null), `ring_steps` and `ring_rows` (what a dead process left in its ring and no segment has yet), `bytes`, |
+| | `segments` |
 
 A segment: `file`, `number`, `bytes`, `closed`, `blocks`, `steps`, `rows`.
 """
@@ -22,6 +23,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moe_trace.format import FIELD_NAMES, ROWS_BLOCK
+from moe_trace.joined import groups
 from moe_trace.summary import standing
 
 if TYPE_CHECKING:
@@ -34,7 +36,9 @@ DTYPES = {1: "uint8", 2: "uint16", 3: "uint32", 4: "float16", 5: "bfloat16", 6: 
 
 def describe(trace: Trace) -> dict[str, Any]:
     """The object above."""
-    ranks = [_rank(run.name, rank) for run in trace.runs for rank in run.ranks]
+    said = {rank.directory: _rank(run.name, rank) for run in trace.runs for rank in run.ranks}
+    ranks = list(said.values())
+    of_groups = [[[said[rank.directory] for rank in shard] for shard in group] for group in groups(trace.ranks)]
     layer_rows = sum(stats.rows for stats in trace.stats().values())
     size = sum(rank["bytes"] for rank in ranks)
     return {
@@ -45,8 +49,8 @@ def describe(trace: Trace) -> dict[str, Any]:
         **standing(trace),
         "metadata": {key: value for key, value in trace.metadata.items() if key != "layers"},
         "recorded": _recorded(trace),
-        "steps": sum(rank["ring_steps"] + sum(s["steps"] for s in rank["segments"]) for rank in ranks),
-        "rows": sum(rank["ring_rows"] + sum(s["rows"] for s in rank["segments"]) for rank in ranks),
+        "steps": sum(max(_of(rank, "steps") for shard in group for rank in shard) for group in of_groups),
+        "rows": sum(max(_of(rank, "rows") for rank in shard) for group in of_groups for shard in group),
         "layer_rows": layer_rows,
         "requests": len(trace.requests),
         "bytes": size,
@@ -55,11 +59,17 @@ def describe(trace: Trace) -> dict[str, Any]:
     }
 
 
+def _of(rank: dict[str, Any], what: str) -> int:
+    steps_or_rows: int = rank[f"ring_{what}"] + sum(segment[what] for segment in rank["segments"])
+    return steps_or_rows
+
+
 def _rank(run: str, rank: Rank) -> dict[str, Any]:
     segments = [_segment(segment) for segment in rank.segments]
     return {
         "run": run,
         "rank": rank.name,
+        "layers": sorted(rank.layers),
         "state": rank.state,
         "pid": rank.owner.get("pid"),
         "ring": None if rank.ring_path is None else str(rank.ring_path),

@@ -63,8 +63,8 @@ def recover(path: str | os.PathLike[str]) -> Recovery:
     try:
         ranks = open_trace(path).ranks
     except TraceError:
-        if Path(path).is_dir() and not any(Path(path).iterdir()):
-            return report
+        if Path(path).is_dir() and all(found.is_dir() for found in Path(path).rglob("*")):
+            return report  # at most a run that begins
         raise
     for found in ranks:
         if found.state != "crashed" and not found.left_its_ring:

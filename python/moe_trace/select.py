@@ -12,13 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace import format as fmt
-from moe_trace.batch import Batch, Filter, promote, request_names, these
+from moe_trace import joined
+from moe_trace.batch import OTHER_ROWS, Batch, Filter, other_widths, promote, request_names, these
 from moe_trace.block import Block
 from moe_trace.errors import DamagedTrace, TraceError
+from moe_trace.joined import Joined
 from moe_trace.rank import Rank
 from moe_trace.sequence import TokenSequence, assemble
 from moe_trace.statistics import LayerStats
-from moe_trace.units import since, unix_ns
+from moe_trace.units import count, since, unix_ns
 
 if TYPE_CHECKING:
     from moe_trace.trace import Trace
@@ -169,32 +171,44 @@ class Selection:
     # Reading.
 
     def batches(self, left_out: list[str] | None = None) -> Iterator[Batch]:
-        """The selection block by block. In memory there is one block, whatever the size of the trace; where requests
-        are selected or asked for, the table of their names too.
+        """The selection block by block, rank by rank. In memory there is one block, whatever the size of the trace;
+        where requests are selected or asked for, the table of their names too. A batch has the layers of its rank: the
+        stages of a pipeline are joined in the results of a selection, and not here.
 
         left_out: a list that gets a sentence for each damaged block of which it cannot be told what is selected; the
         block is then left out. Without the list, DamagedTrace is raised.
         """
         for rank in self._ranks:
-            for block in rank.blocks():
-                try:
-                    batch = self._batch(rank, block)
-                except DamagedTrace as error:
-                    if left_out is None:
-                        raise
-                    left_out.append(f"{block.rows:,} rows are left out, their block is damaged: {error}")
-                    continue
-                if batch is not None:
-                    yield batch
+            yield from self._batches_of(rank, self._asked, left_out)
 
-    def _batch(self, rank: Rank, block: Block) -> Batch | None:
+    def _batches_of(self, rank: Rank, asked: Filter, left_out: list[str] | None = None) -> Iterator[Batch]:
+        for block in rank.blocks():
+            try:
+                batch = self._batch(rank, block, asked)
+            except DamagedTrace as error:
+                if left_out is None:
+                    raise
+                left_out.append(f"{block.rows:,} rows are left out, their block is damaged: {error}")
+                continue
+            if batch is not None:
+                yield batch
+
+    def _parts(self) -> Iterator[Batch | Joined]:
+        """What the results consist of, in their order: batches, and ranks that were joined."""
+        for part in joined.parts(self._ranks, self._asked, self._batches_of):
+            if isinstance(part, Joined) and part.left_out:
+                lack = f"{count(part.left_out, 'row')} of {self._trace.path}"
+                warnings.warn(f"{lack} are left out: not all stages of the pipeline have them", stacklevel=4)
+            if part.rows:
+                yield part
+
+    def _batch(self, rank: Rank, block: Block, asked: Filter) -> Batch | None:
         """What is selected of a block; None for nothing."""
-        asked = self._asked
         spans = block.first_time_ns, block.last_time_ns, block.first_step, block.last_step
         if not block.rows or asked.misses(*spans):
             return None
         layers = block.layers if asked.layers is None else tuple(x for x in asked.layers if x in block.layers)
-        keep = self._kept_runs(rank, block) if layers else None
+        keep = self._kept_runs(rank, block, asked) if layers else None
         if not layers or (keep is not None and not keep.any()):
             return None
         return Batch(rank, block, asked, layers, None if keep is None or keep.all() else keep)
@@ -220,8 +234,7 @@ class Selection:
         """Whether results have no layer axis."""
         return self._asked.one_layer
 
-    def _kept_runs(self, rank: Rank, block: Block) -> npt.NDArray[np.bool_] | None:
-        asked = self._asked
+    def _kept_runs(self, rank: Rank, block: Block, asked: Filter) -> npt.NDArray[np.bool_] | None:
         keep: npt.NDArray[np.bool_] | None = None
 
         def also(mask: npt.NDArray[np.bool_]) -> None:
@@ -249,13 +262,13 @@ class Selection:
         return keep
 
     def _joined(self, name: str, empty: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
-        batches = list(self.batches())
-        self._check_layers(batches, name)
-        parts = [getattr(batch, name) for batch in batches]
+        found = list(self._parts())
+        self._check_layers(found, name)
+        parts = [getattr(part, name) for part in found]
         if not parts:
             return self._no_rows(_FIELDS[name]) if empty is None else empty
         if len({part.shape[1:] for part in parts}) > 1:
-            raise TraceError(f"the {name} of this selection have different widths over time: read them by batches()")
+            raise TraceError(other_widths(name))
         return np.concatenate(promote(parts)) if len(parts) > 1 else parts[0]
 
     def _no_rows(self, field: int) -> npt.NDArray[Any]:
@@ -271,12 +284,9 @@ class Selection:
         axis = () if self._asked.one_layer else (len(layers),)
         return np.zeros((0, *axis, width), fmt.numpy_dtype(dtype))
 
-    def _check_layers(self, batches: Sequence[Batch], name: str) -> None:
+    def _check_layers(self, batches: Sequence[Batch | Joined], name: str) -> None:
         if name in ("ids", "weights", "logits", "hidden") and len({batch.layers for batch in batches}) > 1:
-            raise TraceError(
-                "not all of these layers have the same rows: select one layer, as in trace.layer(0), "
-                "or read by batches()"
-            )
+            raise TraceError(OTHER_ROWS)
 
     @property
     def ids(self) -> npt.NDArray[Any]:
@@ -338,8 +348,10 @@ class Selection:
 
     @property
     def rows(self) -> int:
-        """Number of rows: tokens, not tokens times layers."""
-        return sum(batch.rows for batch in self.batches())
+        """Number of rows: tokens, not tokens times layers. Where the layers are in several stages of a pipeline, the
+        rows that all of these have; a UserWarning counts the others.
+        """
+        return sum(part.rows for part in self._parts())
 
     def __len__(self) -> int:
         return self.rows
@@ -372,7 +384,7 @@ class Selection:
             spans = block.first_time_ns, block.last_time_ns, block.first_step, block.last_step
             if asked.by_class and asked.covers(*spans):
                 block.add_statistics(into, wanted)
-            elif (batch := self._batch(rank, block)) is not None:
+            elif (batch := self._batch(rank, block, asked)) is not None:
                 for layer in batch.layers:
                     ids = batch.column(fmt.IDS, layer)
                     if ids is not None:

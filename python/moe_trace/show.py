@@ -151,10 +151,17 @@ def _heading(out: Console, of: dict[str, Any]) -> None:
         shapes = {(layer["experts"], layer["top_k"] or 0) for layer in of["layers"]}
         parts.append(count(len(of["layers"]), "layer"))
         parts += [f"{experts} experts" + (f", top-{k}" if k else "") for experts, k in sorted(shapes)[:3]]
-    parts.append(f"{count(of['runs'], 'run')}, {count(of['ranks'], 'rank')}")
+    parts.append(f"{count(of['runs'], 'run')}, {count(of['ranks'], 'rank')}{_pipeline(of)}")
     if of["first_time"]:
         parts.append(f"{_moment(of['first_time'])} to {_moment(of['last_time'])} UTC")
     _hang(out, _line(" · ".join(parts)), 2)
+
+
+def _pipeline(of: dict[str, Any]) -> str:
+    """What several ranks make up, where they are not each for itself."""
+    parts = [("pipeline stage", of["stages"]), ("sequence-parallel shard", of["shards"])]
+    said = " x ".join(count(number, what) for what, number in parts if number > 1)
+    return f" ({said} each)" if said else ""
 
 
 def _no_rows(of: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ The object (`"format": "moe-native summary"`, `"version": 1`; later versions may
 | `problems` | list of sentences: torn or damaged segments, rings that could not be read |
 | `coverage` | `{"exact", "derived", "missed", "skipped"}`: lists of `{"layer", "name", "detail"}` |
 | `runs`, `ranks` | how many there are |
+| `stages`, `shards` | how many of the ranks are the pipeline stages and the sequence-parallel shards of one of them |
 | `first_time`, `last_time` | of the whole trace: ISO 8601 in UTC, or null without a step |
 | `selection` | `{"layers", "phase", "since", "run"}` as asked for, null for all |
 | `layers` | list, an object for each layer that was recorded and selected; below |
@@ -39,6 +40,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace import metrics
+from moe_trace.joined import groups
 
 if TYPE_CHECKING:
     from moe_trace import Selection, Trace
@@ -87,6 +89,7 @@ def summarize(
 
 def standing(trace: Trace) -> dict[str, Any]:
     """How whole a trace is: the keys `state` to `last_time` of the object above."""
+    of_groups = groups(trace.ranks)
     coverage: dict[str, list[dict[str, Any]]] = {status: [] for status in STATUSES}
     for entry in trace.coverage:
         item = {"layer": entry.layer, "name": entry.name, "detail": entry.detail}
@@ -104,6 +107,8 @@ def standing(trace: Trace) -> dict[str, Any]:
         "coverage": coverage,
         "runs": len(trace.runs),
         "ranks": len(trace.ranks),
+        "stages": max((len(shard) for group in of_groups for shard in group), default=0),
+        "shards": max((len(group) for group in of_groups), default=0),
         "first_time": _iso(trace.first_time),
         "last_time": _iso(trace.last_time),
     }

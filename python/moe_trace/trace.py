@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -13,6 +14,7 @@ from typing import Any
 from moe_trace import format as fmt
 from moe_trace.batch import Filter
 from moe_trace.errors import NotATrace, TraceError, TraceNotFound
+from moe_trace.joined import absent
 from moe_trace.notes import Request
 from moe_trace.rank import Layer, Rank
 from moe_trace.segment import segment_paths
@@ -33,10 +35,11 @@ class Loss:
 
 
 class Run:
-    """One recording process group: its ranks."""
+    """One recording process group: its ranks; with `whole` False, those of them that were asked for."""
 
-    def __init__(self, directory: Path, ranks: list[Rank]) -> None:
+    def __init__(self, directory: Path, ranks: list[Rank], *, whole: bool = True) -> None:
         self.directory = directory
+        self.whole = whole
         self.name = directory.name
         self.ranks = ranks
 
@@ -118,7 +121,9 @@ class Trace(Selection):
 
         Opening does not read everything: damage inside a closed segment is found, and said here, when it is read.
         """
-        return list(dict.fromkeys(problem for rank in self.ranks for problem in rank.problems))
+        found = [problem for rank in self.ranks for problem in rank.problems]
+        found += [sentence for run in self.runs if run.whole for sentence in absent(run.ranks)]
+        return list(dict.fromkeys(found))
 
     @property
     def state(self) -> str:
@@ -163,7 +168,10 @@ class Trace(Selection):
         model = self.metadata.get("model") or "unknown model"
         whole = "complete" if self.complete else "INCOMPLETE"
         whole += " but for deleted segments" if self.deleted_segments else ""
-        size = f"{count(self.rows, 'row')} x {count(len(self.layers), 'layer')}, {count(len(self.runs), 'run')}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of rows that not all stages have
+            rows = count(self.rows, "row")
+        size = f"{rows} x {count(len(self.layers), 'layer')}, {count(len(self.runs), 'run')}"
         return f"<moe_trace.Trace {self.path}: {model}, {size}, {self.state}, {whole}>"
 
 
@@ -191,8 +199,8 @@ def open(path: str | os.PathLike[str]) -> Trace:
         raise NotATrace(f"{path} is no trace: it is neither a directory nor a plain file")
     try:
         if path.is_file():
-            return _readable(Trace(path, [Run(here.parent.parent, [Rank(path.parent, path)])]))
-        for runs in (_runs_of(path), [Run(here, _ranks_of(path))], [Run(here.parent, _rank_at(path))]):
+            return _readable(Trace(path, [Run(here.parent.parent, [Rank(path.parent, path)], whole=False)]))
+        for runs in (_runs_of(path), [Run(here, _ranks_of(path))], [Run(here.parent, _rank_at(path), whole=False)]):
             if any(run.ranks for run in runs):
                 return _readable(Trace(path, [run for run in runs if run.ranks]))
     except PermissionError as error:

@@ -4,6 +4,7 @@
 
 #include <thread>
 
+#include "segment/assembler.h"
 #include "support.h"
 
 namespace moe_native {
@@ -112,6 +113,62 @@ TEST_F(StepRecorderTest, ARouterCalledInChunksIsOneLayer) {
   EXPECT_EQ(reinterpret_cast<const uint8_t*>(consumer.payload(*b))[0], second.ids[0]);
 }
 
+TEST_F(StepRecorderTest, APlaceSaysWhichRowsOfATensorAreWhichOfTheStep) {
+  const auto layers = test::bind_layers(recorder, 2, 60, 2);
+  ASSERT_EQ(recorder.begin_placed_step(5), Begun::kAdmitted);
+  recorder.narrow(3);
+  const Place places[] = {{7, 4, 1, 2}, {9, 6, 1, 2}};
+  recorder.place(places);
+  const Routed seven(7, 2, 60), nine(9, 2, 60, 5);
+  recorder.record(*layers[0], seven.input());
+  recorder.record(*layers[1], nine.input());
+  for (const auto& [routed, start] : {std::pair{&seven, 4}, std::pair{&nine, 6}}) {
+    const Descriptor* d = next();
+    ASSERT_NE(d, nullptr);
+    EXPECT_EQ(d->first_row, 1u);
+    EXPECT_EQ(d->rows, 2u);
+    EXPECT_EQ(d->step_rows, 3u);
+    const auto* ids = reinterpret_cast<const uint8_t*>(consumer.payload(*d));
+    for (size_t i = 0; i < 4; ++i) EXPECT_EQ(ids[i], routed->ids[static_cast<size_t>(start) * 2 + i]);
+  }
+  const std::vector<moe_native::Run> runs = {run(0, 0, 3)};
+  StepTable table;
+  table.runs = runs;
+  EXPECT_TRUE(recorder.end_step(table));
+}
+
+TEST_F(StepRecorderTest, WithoutAFittingPlaceALayerIsLostAndSaid) {
+  const auto layers = test::bind_layers(recorder, 1, 60, 2);
+  const auto lost = [&] { return t.ring.losses(Loss::kBadInput).layers; };
+  const std::vector<std::vector<Place>> unfitting = {
+      {},                            // nothing was said
+      {{6, 0, 0, 3}, {8, 0, 0, 3}},  // of tensors of 7 rows
+      {{7, 5, 0, 3}},                // beyond the tensor
+      {{7, 0, 1, 3}},                // beyond the step
+  };
+  for (size_t i = 0; i < unfitting.size(); ++i) {
+    ASSERT_EQ(recorder.begin_placed_step(3), Begun::kAdmitted);
+    recorder.place(unfitting[i]);
+    recorder.record(*layers[0], Routed(7, 2, 60).input());
+    EXPECT_EQ(lost(), i + 1);
+    const std::vector<moe_native::Run> runs = {run(0, 0, 3)};
+    StepTable table;
+    table.runs = runs;
+    EXPECT_TRUE(recorder.end_step(table));
+    EXPECT_EQ(next()->kind, RecordKind::kStep);
+  }
+  // What was said in an earlier step, or of another recorder, does not hold.
+  recorder.begin_placed_step(3);
+  const Place any[] = {{-1, 0, 0, 3}};
+  recorder.place(any);
+  recorder.abort_step();
+  recorder.begin_placed_step(3);
+  recorder.record(*layers[0], Routed(7, 2, 60).input());
+  EXPECT_EQ(lost(), unfitting.size() + 1);
+  EXPECT_EQ(t.ring.losses(Loss::kIncomplete).layers, 0u);
+  EXPECT_EQ(messages.take().size(), 1u);
+}
+
 TEST_F(StepRecorderTest, AbortedStepsAreCountedAndMarked) {
   const auto layers = test::bind_layers(recorder, 2, 60, 4);
   const RowSpan span{0, 3};
@@ -142,6 +199,7 @@ TEST_F(StepRecorderTest, PausedStepsAreNoLosses) {
   EXPECT_EQ(recorder.begin_step({&span, 1}), Begun::kAdmitted);
   recorder.abort_step();
   EXPECT_EQ(count(kStepsBegun), 1u);
+  EXPECT_EQ(recorder.step_number(), 1);  // they have numbers all the same
 }
 
 TEST_F(StepRecorderTest, BadInputIsCountedSaidOnceAndHarmless) {
@@ -260,6 +318,40 @@ TEST_F(TwoLanes, AThirdThreadIsCounted) {
   recorder.abort_step();
   EXPECT_EQ(t.ring.losses(Loss::kNoLane).layers, 1u);
   EXPECT_EQ(t.ring.losses(Loss::kNoLane).rows, 3u);
+}
+
+// As under dual-batch overlap: each thread has a half of every layer's rows.
+TEST_F(TwoLanes, TwoThreadsWithPlacesCallOneRouter) {
+  const auto layers = test::bind_layers(recorder, 8, 60, 2);
+  const Routed halves[] = {Routed(4, 2, 60, 1), Routed(4, 2, 60, 30)};
+  ASSERT_EQ(recorder.begin_placed_step(6), Begun::kAdmitted);
+  std::vector<std::thread> threads;
+  for (int64_t half = 0; half < 2; ++half) {
+    threads.emplace_back([&, half] {
+      const Place place{4, 0, half * 4, half == 0 ? 4 : 2};  // the last two rows are padding
+      recorder.place({&place, 1});
+      for (Binding* layer : layers) recorder.record(*layer, halves[half].input());
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  const std::vector<moe_native::Run> runs = {run(0, 0, 6)};
+  StepTable table;
+  table.runs = runs;
+  ASSERT_TRUE(recorder.end_step(table));
+  Assembler assembler(t.ring);
+  while (assembler.poll()) {
+  }
+  ASSERT_EQ(assembler.ready().size(), 1u);
+  const StepData& step = assembler.ready().front();
+  EXPECT_EQ(step.shapes.size(), layers.size());
+  for (const Piece& piece : step.pieces) {
+    const Routed& half = halves[piece.first_row / 4];
+    EXPECT_EQ(piece.rows, piece.first_row == 0 ? 4u : 2u);
+    for (size_t i = 0; i < piece.rows * 2; ++i) {
+      EXPECT_EQ(reinterpret_cast<const uint8_t*>(piece.ids)[i], half.ids[i]);
+    }
+  }
+  EXPECT_EQ(t.ring.losses(Loss::kIncomplete).layers, 0u);
 }
 
 struct Blocking : StepRecorderTest {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import fcntl
 import json
 import os
@@ -10,7 +11,7 @@ import stat
 
 import pytest
 
-from moe_native.rank_directory import RankFile, make_rank_directory, sweep_emptied_ranks
+from moe_native.rank_directory import RankFile, make_rank_directory, shared_run, sweep_emptied_ranks
 
 
 def test_names_and_modes(tmp_path):
@@ -28,6 +29,36 @@ def test_a_second_recorder_in_the_same_second(tmp_path):
 def test_ranks_of_one_run_share_it(tmp_path):
     a, b = (make_rank_directory(tmp_path, rank, run="run-x") for rank in ("rank-0", "rank-1"))
     assert a.parent == b.parent and a.parent.name == "run-x"
+
+
+def test_processes_of_one_key_share_a_run(tmp_path):
+    """Many at once: whoever comes first makes it."""
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        names = list(pool.map(lambda key: shared_run(tmp_path / "trace", key), ["aaaa", "bbbb"] * 20))
+    assert len(set(names[::2])) == len(set(names[1::2])) == 1
+    assert re.fullmatch(r"run-\d{8}T\d{6}Z-aaaa", names[0]) and sorted(set(names)) == names_of(tmp_path / "trace")
+    assert stat.S_IMODE((tmp_path / "trace" / names[0]).stat().st_mode) == 0o700
+
+
+def names_of(trace):
+    return sorted(path.name for path in trace.iterdir())
+
+
+def test_ranks_that_start_again_have_a_new_run(tmp_path):
+    """Once a rank of a run is closed, or was recovered after a crash, the run takes no others."""
+    first = shared_run(tmp_path, "aaaa")
+    file = RankFile(make_rank_directory(tmp_path, "rank-0", first), {})
+    file.update(closed=False)
+    assert shared_run(tmp_path, "aaaa") == first
+    file.update(closed=True)
+    again = shared_run(tmp_path, "aaaa")
+    assert again != first and all(shared_run(tmp_path, "aaaa") == again for _ in range(3))
+    assert names_of(tmp_path) == sorted((first, again))
+
+
+def test_a_rank_that_is_there_is_not_touched(tmp_path):
+    there = make_rank_directory(tmp_path, "rank-0", "run-x")
+    assert make_rank_directory(tmp_path, "rank-0", "run-x") != there
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden"])

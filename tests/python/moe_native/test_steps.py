@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moe_native.runs import DRAFT, RECOMPUTED, RUN_DTYPE, UNKNOWN, row_class
+from moe_native.vllm import layout
 from moe_native.vllm.prefix import BlockOwners
 from moe_native.vllm.steps import Steps, external_id
 
@@ -216,6 +217,33 @@ def test_drafts_of_a_last_step_are_judged_by_what_the_sampler_returned(engine: E
     engine.steps.sampled(SimpleNamespace(get_output=None))  # still on its way from the device
     engine.step({A: (6, 1)}, finished=(B,))
     assert engine.recorder.amended[1:] == [(2, 4, 1, ["undecided"]), (2, 1, 2, ["rejected"])]
+
+
+class Half:
+    """As `Forward` on a rank that records the second half of each step's rows."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[int, int]] = []
+
+    def begin(self, rows: int) -> bool:
+        self.kept = [(rows - rows // 2, rows // 2)]
+        return self.recorder.begin_step(rows // 2)
+
+    def cut(self, runs: np.ndarray, tokens: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+        return layout.cut_runs(runs, self.kept), None if tokens is None else layout.cut_rows(tokens, self.kept)
+
+    recorder: FakeRecorder
+
+
+@pytest.mark.parametrize("kind", ["older", "newer"])
+def test_a_rank_that_records_a_shard_has_its_runs_tokens_and_drafts_only(kind: str) -> None:
+    engine = Engine(kind, tokens=True, forward=Half())
+    engine.steps._forward.recorder = engine.recorder  # type: ignore[union-attr]
+    assert engine.step({A: (0, 4), B: (0, 2)}, new={A: 4, B: 2}) == [("a", 3, 1, PREFILL, 0), ("b", 0, 2, PREFILL, 0)]
+    assert engine.recorder.tokens == [[1003, 1000, 1001]]
+    engine.step({A: (4, 4), B: (2, 2)}, drafts={A: 3, B: 1})  # drafts in rows 1-3 and 5, of which 3 and 5 are kept
+    engine.step({A: (5, 1), B: (3, 1)})  # none was accepted
+    assert engine.recorder.amended == [(1, 0, 1, ["rejected"]), (1, 2, 1, ["rejected"])]
 
 
 def test_drafts_are_not_judged_by_a_step_that_was_not_seen(engine: Engine) -> None:

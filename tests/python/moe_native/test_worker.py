@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fake_vllm import Worker, scheduled
 
 import moe_trace
@@ -19,6 +21,7 @@ def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = {
         f"{g}_parallel_{what}": int(what == "size") for g in ("tensor", "pipeline", "data") for what in ("size", "rank")
     }
+    layout |= {"sequence_parallel": 0, "microbatches": 1, "prefill_context_parallel_size": 1}
     monkeypatch.setattr(metadata, "parallel_layout", lambda _: layout)
     monkeypatch.setattr(metadata, "describe", lambda *_: {"model": "fake"})
     # Another test may have made an engine in this process, whose log goes to vLLM's handlers.
@@ -129,8 +132,8 @@ def test_our_own_failure_in_a_step_is_counted_and_said_once(
     assert read.rows == 2
     assert sum(read.metadata["errors"].values()) == 3
     assert sum("a fault of ours" in record.getMessage() for record in caplog.records) == 1
-    if what == "end":
-        assert read.losses["aborted"].steps == 3
+    assert read.losses["aborted"].steps == 3
+    assert read.step_numbers.tolist() == [3, 3]  # other ranks have counted them as well
 
 
 def test_a_trace_that_cannot_be_made_does_not_stop_the_worker(
@@ -173,6 +176,94 @@ def test_other_ranks_of_a_tensor_parallel_group_do_not_record(trace: Path, monke
     made.execute_model(scheduled(0, 5, prompt=5))
     made.shutdown()
     assert not trace.exists()
+
+
+def test_sequence_parallel_ranks_record_their_rows(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two data-parallel ranks of two: what each worker records, and that they share a run. The first layer sees the
+    rows of all ranks; the second one's tensors are of no layout."""
+    monkeypatch.setattr("moe_native.vllm.forward._batches", lambda _: ([[5, 3]], 0))
+    layout = metadata.parallel_layout(None)
+    layout |= {"tensor_parallel_size": 2, "data_parallel_size": 2, "sequence_parallel": 1}
+
+    class Placed(Worker):
+        def execute_model(self, output: Any) -> int:
+            self.model_runner.positions[:5] = torch.arange(output.first, output.first + 5)
+            first, second = (runner.router for runner in list(self.model)[1:])
+            self.model.forward = lambda: first.select_experts(torch.randn(8, 4), LOGITS)
+            self.model()
+            second.select_experts(torch.randn(9, 4), torch.randn(9, 8))
+            return 5
+
+    ranks = []
+    for rank in range(2):
+        monkeypatch.setattr(metadata, "parallel_layout", lambda _, rank=rank: {**layout, "tensor_parallel_rank": rank})
+        made = Placed()
+        made.rank = rank
+        made.vllm_config.instance_id = "1234_dp0"
+        worker.follow(made)
+        made.load_model()
+        made.compile_or_warm_up_model()
+        made.execute_model(scheduled(0, 5, prompt=5))
+        ranks.append(made)
+    for made in ranks:
+        made.shutdown()
+    read = moe_trace.open(trace)
+    assert len(read.runs) == 1 and [of.name for of in read.ranks] == ["rank-0-tp0-dp0", "rank-1-tp1-dp0"]
+    assert [batch.positions.tolist() for batch in read.batches()] == [[0, 1, 2], [3, 4]]
+    assert read.request("r").layer(1).positions.tolist() == [0, 1, 2, 3, 4]
+    chosen = LOGITS[:5].softmax(-1).topk(2, dim=-1, sorted=False).indices
+    assert read.layer(1).ids.tolist() == chosen.tolist()
+    assert read.losses["bad_input"].layers == 2 and not read.complete
+
+
+LOGITS = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"data_parallel_size": 2}, {"sequence_parallel": 1, "tensor_parallel_size": 2}, {"microbatches": 2}, {}],
+)
+def test_the_model_has_a_hook_only_where_rows_may_lie_elsewhere(
+    layout: dict[str, int], trace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = metadata.parallel_layout(None)
+    monkeypatch.setattr(metadata, "parallel_layout", lambda _: {**plain, **layout})
+    made = started()
+    assert len(made.model._forward_pre_hooks) == int(bool(layout))
+    made.shutdown()
+
+
+def test_prefill_context_parallelism_and_whole_graphs_are_named_holes(
+    trace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = {**metadata.parallel_layout(None), "prefill_context_parallel_size": 2}
+    monkeypatch.setattr(metadata, "parallel_layout", lambda _: layout)
+    made = started()
+    made.execute_model(scheduled(0, 5, prompt=5))
+    made.shutdown()
+    read = moe_trace.open(trace)
+    assert read.rows == 0 and not read.complete
+    assert ["context parallelism" in layer.detail for layer in read.coverage] == [True, True]
+
+
+def test_the_first_run_of_an_engine_has_nothing_to_recover(trace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = Worker()
+    made.vllm_config.instance_id = "1234"
+    worker.follow(made)
+    made.load_model()
+    made.shutdown()
+    assert not [record for record in caplog.records if "recover" in record.getMessage()]
+    key = metadata.engine_key(made.vllm_config)
+    assert [path.name.endswith(f"Z-{key}") for path in trace.iterdir()] == [True]
+
+
+def test_engine_keys() -> None:
+    """One for an engine and its data-parallel ranks, another for the next."""
+    keys = [metadata.engine_key(SimpleNamespace(instance_id=name)) for name in ("a1b2c", "a1b2c_dp0", "a1b2c_dp12")]
+    assert len(set(keys)) == 1 and keys[0] is not None and keys[0].isalnum()
+    assert metadata.engine_key(SimpleNamespace(instance_id="a1b2d")) != keys[0]
+    assert metadata.engine_key(SimpleNamespace(instance_id="")) is None
+    assert metadata.engine_key(SimpleNamespace()) is None
 
 
 def test_rank_names() -> None:

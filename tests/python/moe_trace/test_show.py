@@ -32,6 +32,8 @@ def example(layers=2, experts=60, **changes):
         "coverage": {"exact": entries, "derived": [], "missed": [], "skipped": []},
         "runs": 1,
         "ranks": 1,
+        "stages": 1,
+        "shards": 1,
         "first_time": "2026-11-21T10:15:00Z",
         "last_time": "2026-11-21T10:15:42Z",
         "selection": {"layers": None, "phase": None, "since": None},
