@@ -80,21 +80,32 @@ class Steps:
         return opened
 
     def end(self, scheduler_output: Any) -> bool:
-        """Commit the step. True; a step that the recorder could not keep is counted there."""
+        """Commit the step. True; a step that the recorder could not keep is counted there.
+
+        Raises:
+            Exception: the rows cannot be told apart. The step is still open: `end_as_nobodys`.
+        """
         requests, positions, tokens = self._view(scheduler_output)
         counts = self._counts(requests, scheduler_output.num_scheduled_tokens)
         ends = counts.cumsum()
         rows = scheduler_output.total_num_scheduled_tokens
-        if not requests or ends[-1] != rows:  # rows that we cannot tell apart are nobody's, rather than somebody else's
-            runs = np.array([(UNKNOWN, UNKNOWN, rows, 0, 0)], RUN_DTYPE)
-        else:
-            first = positions[ends - counts]
-            runs = self._runs(self._find(requests), first, counts)
-            drafts = getattr(scheduler_output, "scheduled_spec_decode_tokens", None)
-            if drafts or self._drafts:
-                self._judge_drafts(requests, first.tolist(), ends.tolist(), counts.tolist(), drafts or {})
+        if counts.sum() != rows:
+            raise ValueError(f"the batch's requests have {counts.sum()} rows, the step has {rows}")
+        first = positions[ends - counts]
+        runs = self._runs(self._find(requests), first, counts)
+        drafts = getattr(scheduler_output, "scheduled_spec_decode_tokens", None)
+        if drafts or self._drafts:
+            self._judge_drafts(requests, first.tolist(), ends.tolist(), counts.tolist(), drafts or {})
         if not self._recorder.end_step(runs, tokens=tokens):
             self._drafts.clear()
+        return True
+
+    def end_as_nobodys(self, scheduler_output: Any) -> bool:
+        """Commit the step after `end` raised: rows that we cannot tell apart are nobody's, rather than somebody
+        else's. True."""
+        self._drafts.clear()
+        rows = scheduler_output.total_num_scheduled_tokens
+        self._recorder.end_step(np.array([(UNKNOWN, UNKNOWN, rows, 0, 0)], RUN_DTYPE))
         return True
 
     def abort(self) -> None:
