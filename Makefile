@@ -3,7 +3,7 @@
 #   make demo          record a small model in vLLM, summarise it, draw the histogram (MODEL=... for another model)
 #   make test          every test, C++ and Python, vLLM included
 #   make contract      every version of vLLM from 0.26 to 0.33 has what we rely on (downloads 1.2 GB, keeps the sources; VLLM=... for one)
-#   make test-vllm VLLM=0.30.0    tests with another version of vLLM (PYTEST=... for some of them)
+#   make test-vllm VLLM=0.30.0    the tests that hold for any version of vLLM, with this one (PYTEST=... for others)
 #   make bench         what recording costs
 #   make wheel         both wheels, each proved in an empty environment
 #   make lint          ruff, mypy, clang-format
