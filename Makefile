@@ -39,7 +39,7 @@ test-python: $(VENV)/installed $(VENV)/tools
 	cd tests && ../$(PY) -m pytest python $(PYTEST)
 
 test-vllm: $(VENV)/installed $(VENV)/tools
-	.ci/other-vllm $(VLLM) $(PYTEST)
+	PYTHON='$(CURDIR)/$(PY)' .ci/other-vllm $(VLLM) $(PYTEST)
 
 contract: $(VENV)/installed
 	$(PY) tests/contract/check.py $(VLLM)
