@@ -39,8 +39,10 @@ def follow(worker: Any) -> None:
             _log_where_vllm_logs()
             require(worker, symbols.WORKER)
             WorkerRecording(worker, config)
-    except (ConfigError, UnknownVLLM) as error:
+    except ConfigError as error:
         log.error("moe_native: nothing is recorded: %s", error)
+    except UnknownVLLM as error:
+        log.error("moe_native: nothing is recorded: %s; vLLM serves on", error)
     except Exception as error:
         log.error("moe_native: nothing is recorded: %s: %s", type(error).__name__, error)
 
@@ -167,7 +169,7 @@ class WorkerRecording:
 
     def _say_failed(self, what: str, error: Exception) -> None:
         if isinstance(error, UnknownVLLM):
-            log.error("moe_native: nothing is recorded: %s", error)
+            log.error("moe_native: nothing is recorded: %s; vLLM serves on", error)
         else:
             log.error("moe_native: %s failed: %s: %s (said once)", what, type(error).__name__, error, exc_info=True)
         if self.recorder is not None:  # now, because this process may be killed
