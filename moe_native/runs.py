@@ -17,10 +17,11 @@ UNKNOWN = fmt.NOBODY  # a request or a position
 PHASES = {name: code for code, name in enumerate(fmt.PHASES)}
 MODALITIES = {name: code for code, name in enumerate(fmt.MODALITIES)}
 FLAGS = fmt.RUN_FLAGS
+RECOMPUTED, DRAFT = fmt.CLASS_RECOMPUTED, fmt.CLASS_DRAFT
 
 
 def row_class(phase: str = "unknown", modality: str = "unknown", attributed: bool = False) -> int:
-    """The class of a row: what statistics are kept by, beside the layer.
+    """The class of a row: what statistics are kept by, beside the layer. `RECOMPUTED` and `DRAFT` may be added.
 
     Raises:
         ValueError: the phase or the modality is not one of `PHASES`, `MODALITIES`.

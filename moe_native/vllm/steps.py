@@ -5,13 +5,14 @@ vLLM has two model runners. Both put the requests of a step one after the other,
 and pad behind them; they differ in where the batch is found, which is probed, not concluded from a version.
 
 A row's position is the one the model was given. Its phase is prefill iff the position is below the prompt's length;
-its modality is that of the prompt position. So a request's rows are cut where the phase or modality changes; most
-steps have nothing to cut.
+its modality is that of the prompt position. So a request's rows are cut where the phase or modality changes, and where
+repeated positions or draft tokens begin; most steps have nothing to cut.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -21,7 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_native.recorder import Recorder
-from moe_native.runs import FLAGS, MODALITIES, RUN_DTYPE, UNKNOWN, row_class
+from moe_native.runs import DRAFT, FLAGS, MODALITIES, RECOMPUTED, RUN_DTYPE, UNKNOWN, row_class
+from moe_native.vllm.drafts import DraftFates, Drafts
+from moe_native.vllm.prefix import BlockOwners, CachedSpan
+
+log = logging.getLogger("moe_native")
 
 PREFILL, DECODE = row_class("prefill", "text", True), row_class("decode", "text", True)
 _PHASE_BITS = 3
@@ -51,6 +56,8 @@ class Steps:
         self._recorder = recorder
         self._runner = runner
         self._tokens = tokens
+        self.owners: BlockOwners | None = None  # of the KV blocks, where the prefix cache is followed
+        self._fates = DraftFates(recorder)
         self._slots: dict[str, int] = {}  # by vLLM's internal id
         self._names: dict[str, str] = {}  # internal id -> the name it is recorded under
         self._internal: dict[str, str] = {}  # and back, for the names in use
@@ -60,8 +67,6 @@ class Steps:
         self._lowest: Ints = np.zeros(0, np.int64)  # the first of its positions that was executed (others were cached),
         self._executed: Ints = np.zeros(0, np.int64)  # one past the last that was executed,
         self._media: dict[int, list[MediaSpan]] = {}  # and what is not text in its prompt
-        # Draft tokens of a request's last step: (step, their first row, its position, how many).
-        self._drafts: dict[str, tuple[int, int, int, int]] = {}
         # The batch of the step before: while it stays the same, looking its requests up can be left out.
         self._batch: list[str] = []
         self._batch_slots: Ints = np.zeros(0, np.int64)
@@ -71,12 +76,19 @@ class Steps:
         open."""
         for request in scheduler_output.finished_req_ids:
             self._forget(request)
-        for data in scheduler_output.scheduled_new_reqs:
-            self._learn(data)
+        first_seen = [data for data in scheduler_output.scheduled_new_reqs if self._learn(data)]
+        if self.owners is not None:
+            try:
+                self._follow_blocks(self.owners, scheduler_output)
+            except Exception as error:  # rows are right all the same
+                log.error("moe_native: it is not followed any more whose rows cached tokens share: %r", error)
+                self.owners = None
+        for data in first_seen:
+            self._note_cached(data)
         rows = scheduler_output.total_num_scheduled_tokens
         opened = rows > 0 and self._recorder.begin_step(rows)
         if rows > 0 and not opened:
-            self._drafts.clear()  # what this step accepts of them will not be seen
+            self._fates.missed()
         return opened
 
     def end(self, scheduler_output: Any) -> bool:
@@ -92,25 +104,39 @@ class Steps:
         if counts.sum() != rows:
             raise ValueError(f"the batch's requests have {counts.sum()} rows, the step has {rows}")
         first = positions[ends - counts]
-        runs = self._runs(self._find(requests), first, counts)
-        drafts = getattr(scheduler_output, "scheduled_spec_decode_tokens", None)
-        if drafts or self._drafts:
-            self._judge_drafts(requests, first.tolist(), ends.tolist(), counts.tolist(), drafts or {})
-        if not self._recorder.end_step(runs, tokens=tokens):
-            self._drafts.clear()
+        drafts: dict[str, Drafts] = {}
+        speculated = getattr(scheduler_output, "scheduled_spec_decode_tokens", None) or {}
+        if speculated:
+            drafts = self._drafts(requests, first.tolist(), ends.tolist(), counts.tolist(), speculated)
+        if self._fates:
+            for request, position in zip(requests, first.tolist(), strict=True):
+                self._fates.continued(request, position)
+        runs = self._runs(requests, first, counts, drafts)
+        if self._recorder.end_step(runs, tokens=tokens):
+            for request, of_request in drafts.items():
+                self._fates.executed(request, of_request)
+        else:
+            self._fates.missed()
         return True
 
     def end_as_nobodys(self, scheduler_output: Any) -> bool:
         """Commit the step after `end` raised: rows that we cannot tell apart are nobody's, rather than somebody
         else's. True."""
-        self._drafts.clear()
+        self._fates.missed()
         rows = scheduler_output.total_num_scheduled_tokens
         self._recorder.end_step(np.array([(UNKNOWN, UNKNOWN, rows, 0, 0)], RUN_DTYPE))
         return True
 
+    def sampled(self, output: Any) -> None:
+        """What the sampler returned for the step that was ended last."""
+        if self._fates:
+            self._fates.sampled(output)
+
     def abort(self) -> None:
-        """The forward pass, or `end`, raised."""
-        self._drafts.clear()
+        """The forward pass, or `begin` or `end`, raised."""
+        self._fates.missed()
+        if self.owners is not None:
+            self.owners.forget()
         self._recorder.abort_step()
 
     # The runner's batch.
@@ -141,7 +167,10 @@ class Steps:
             self._batch = requests
         return self._batch_slots
 
-    def _runs(self, slots: Ints, first: npt.NDArray[Any], counts: Ints) -> npt.NDArray[np.void]:
+    def _runs(
+        self, requests: list[str], first: npt.NDArray[Any], counts: Ints, drafts: dict[str, Drafts]
+    ) -> npt.NDArray[np.void]:
+        slots = self._find(requests)
         ends = first + counts
         prompts, executed = self._prompt[slots], self._executed[slots]
         runs = np.zeros(len(slots), RUN_DTYPE)
@@ -155,58 +184,57 @@ class Steps:
         if self._media:
             special |= ~decode & np.fromiter((int(slot) in self._media for slot in slots), bool, len(slots))
         special |= prompts < 0
+        if drafts:
+            special |= np.fromiter((request in drafts for request in requests), bool, len(requests))
         if special.any():
-            runs = self._cut(runs, slots, special)
+            first_draft = [drafts[request].position if request in drafts else UNKNOWN for request in requests]
+            runs = self._cut(runs, slots, special, first_draft)
         self._executed[slots] = np.maximum(executed, ends)
         self._lowest[slots] = np.minimum(self._lowest[slots], first)
         return runs
 
-    def _cut(self, runs: npt.NDArray[np.void], slots: Ints, special: npt.NDArray[np.bool_]) -> npt.NDArray[np.void]:
+    def _cut(
+        self, runs: npt.NDArray[np.void], slots: Ints, special: npt.NDArray[np.bool_], first_draft: list[int]
+    ) -> npt.NDArray[np.void]:
         out: list[tuple[int, int, int, int, int]] = []
-        for run, slot, cut in zip(runs.tolist(), slots.tolist(), special.tolist(), strict=True):
+        for run, slot, cut, draft in zip(runs.tolist(), slots.tolist(), special.tolist(), first_draft, strict=True):
             if not cut:
                 out.append(run)
                 continue
             request, first, count = run[:3]
             prompt, media = int(self._prompt[slot]), self._media.get(slot, [])
             lowest, executed = int(self._lowest[slot]), int(self._executed[slot])
-            edges = {prompt, lowest, executed, *(edge for span in media for edge in span[:2])}
+            edges = {prompt, lowest, executed, draft, *(edge for span in media for edge in span[:2])}
             points = [first, *sorted(edge for edge in edges if first < edge < first + count), first + count]
             for start, stop in itertools.pairwise(points):
                 modality = next((name for low, high, name in media if low <= start < high), "text")
                 phase = "unknown" if prompt < 0 else "prefill" if start < prompt else "decode"
-                flags = FLAGS["recomputed"] if lowest <= start < executed else 0
-                out.append((request, start, stop - start, row_class(phase, modality, True), flags))
+                cls, flags = row_class(phase, modality, True), 0
+                if lowest <= start < executed:
+                    cls, flags = cls | RECOMPUTED, FLAGS["recomputed"]
+                if start >= draft:
+                    cls |= DRAFT
+                out.append((request, start, stop - start, cls, flags))
         return np.array(out, RUN_DTYPE)
 
-    def _judge_drafts(
-        self,
-        requests: list[str],
-        first: list[int],
-        ends: list[int],
-        counts: list[int],
-        drafts: dict[str, list[int]],
-    ) -> None:
-        """Draft tokens that a step before executed and that were not accepted: a request goes on at the first position
-        that was not. Its last step's are never known, and neither are those before a preemption."""
+    def _drafts(
+        self, requests: list[str], first: list[int], ends: list[int], counts: list[int], speculated: dict[str, Any]
+    ) -> dict[str, Drafts]:
+        """The draft tokens of this step: the last ones of a request's rows."""
         step = self._recorder.step_number
-        for request, start, end, count in zip(requests, first, ends, counts, strict=True):
-            earlier = self._drafts.pop(request, None)
-            if earlier is not None:
-                of_step, row, position, number = earlier
-                accepted = start - position
-                if 0 <= accepted < number:
-                    self._recorder.amend(of_step, row + accepted, number - accepted, ["rejected"])
-            number = len(drafts.get(request, ()))
-            if number:
-                self._drafts[request] = (step, end - number, start + count - number, number)
+        return {
+            request: Drafts(step, row=end - number, position=start + count - number, count=number)
+            for request, start, end, count in zip(requests, first, ends, counts, strict=True)
+            if (number := len(speculated.get(request, ())))
+        }
 
     # Requests.
 
-    def _learn(self, data: Any) -> None:
-        """A request that is scheduled for the first time, or again after it was preempted."""
+    def _learn(self, data: Any) -> bool:
+        """A request that is scheduled for the first time, or again after it was preempted. Whether it is the first."""
         prompt = data.prompt_len if hasattr(data, "prompt_len") else len(data.prompt_token_ids or ())
         slot = self._slots.get(data.req_id)
+        first_seen = slot is None
         if slot is None:
             slot = self._add(data.req_id, prompt)
         elif self._prompt[slot] != prompt:  # a session's prompt that has grown
@@ -215,6 +243,31 @@ class Steps:
         media = list(_media(getattr(data, "mm_features", None) or ()))
         if media:
             self._media[slot] = media
+        return first_seen
+
+    def _follow_blocks(self, owners: BlockOwners, scheduler_output: Any) -> None:
+        """Who the KV blocks belong to that this step has allocated."""
+        cached = scheduler_output.scheduled_cached_reqs
+        for request, blocks, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if blocks:  # a resumed request gets all of its blocks anew, another one some more
+                owners.allocate(blocks, computed if request in cached.resumed_req_ids else 0, self._known(request))
+        for data in scheduler_output.scheduled_new_reqs:
+            owners.allocate(data.block_ids, data.num_computed_tokens, self._known(data.req_id))
+
+    def _known(self, internal: str) -> int | None:
+        slot = self._slots.get(internal)
+        return None if slot is None else int(self._index[slot])
+
+    def _note_cached(self, data: Any) -> None:
+        """Prompt positions of a new request that will not be executed."""
+        computed = int(getattr(data, "num_computed_tokens", 0))
+        if computed <= 0:
+            return
+        unknown: list[CachedSpan] = [(0, computed, None)]
+        spans = unknown if self.owners is None else self.owners.sources(data.block_ids, computed)
+        self._recorder.request(self._names[data.req_id], cached=[list(span) for span in spans])
 
     def _add(self, internal: str, prompt: int) -> int:
         if not self._free:
@@ -243,7 +296,7 @@ class Steps:
         del self._internal[name]
         self._recorder.finish(name)
         self._media.pop(slot, None)
-        self._drafts.pop(internal, None)
+        self._fates.ended(internal)
         self._free.append(slot)
         self._batch = []
 

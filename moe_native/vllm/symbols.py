@@ -77,6 +77,7 @@ WORKER = Symbols(
         "load_model",
         "compile_or_warm_up_model",
         "execute_model(scheduler_output)",
+        "sample_tokens",
         "shutdown",
         "vllm_config",
         "rank",
@@ -101,7 +102,7 @@ LOADED_WORKER = Symbols(
 )
 CPU_WORKER = Symbols(
     "vllm.v1.worker.cpu_worker:CPUWorker",
-    ("load_model", "compile_or_warm_up_model", "execute_model(scheduler_output)", "shutdown"),
+    ("load_model", "compile_or_warm_up_model", "execute_model(scheduler_output)", "sample_tokens", "shutdown"),
     by="worker",
     why="the worker of the CPU build has what its base class promises",
 )
@@ -210,6 +211,12 @@ NEW_REQUEST = Symbols(
     by="steps",
     why="a request's name, its prompt's length, and what is not text in it",
 )
+SAMPLED = Symbols(
+    "vllm.v1.outputs:ModelRunnerOutput",
+    ("req_ids", "sampled_token_ids"),
+    by="drafts",
+    why="which drafts were accepted",
+)
 FEATURE = Symbols(
     "vllm.multimodal.inputs:MultiModalFeatureSpec", ("modality", "mm_position"), by="steps", why="the modality of rows"
 )
@@ -256,6 +263,81 @@ NEWER_BATCH = Symbols(
     why="the order of the requests in the newer runner's rows, and their positions and tokens",
 )
 
+# Whose rows cached tokens share.
+
+CACHED = Symbols(
+    "vllm.v1.core.sched.output:NewRequestData",
+    ("num_computed_tokens", "block_ids"),
+    by="steps",
+    why="which positions of a new request are cached, and its KV blocks",
+)
+LATER_BLOCKS = Symbols(
+    "vllm.v1.core.sched.output:SchedulerOutput",
+    ("scheduled_cached_reqs",),
+    by="steps",
+    why="the KV blocks that requests get later",
+)
+LATER_BLOCKS_OF = Symbols(
+    "vllm.v1.core.sched.output:CachedRequestData",
+    ("req_ids", "new_block_ids", "num_computed_tokens", "resumed_req_ids"),
+    by="steps",
+    why="the KV blocks that requests get later",
+)
+KV_CACHE = Symbols(
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
+    ("kv_cache_config",),
+    by="prefix",
+    why="how the KV blocks are grouped, in the older runner",
+)
+NEWER_KV_CACHE = Symbols(
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
+    ("kv_cache_config",),
+    by="prefix",
+    why="how the KV blocks are grouped, in the newer runner",
+)
+KV_CACHE_CONFIG = Symbols(
+    "vllm.v1.kv_cache_interface:KVCacheConfig",
+    ("kv_cache_groups",),
+    by="prefix",
+    why="how the KV blocks are grouped",
+)
+KV_CACHE_GROUP = Symbols(
+    "vllm.v1.kv_cache_interface:KVCacheGroupSpec",
+    ("kv_cache_spec",),
+    by="prefix",
+    why="how the KV blocks are grouped",
+)
+KV_CACHE_SPECS = Symbols(
+    "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs",
+    ("kv_cache_specs",),
+    by="prefix",
+    why="which groups keep every position",
+)
+KV_CACHE_SPEC = Symbols(
+    "vllm.v1.kv_cache_interface:FullAttentionSpec",
+    ("block_size",),
+    by="prefix",
+    why="positions in a KV block",
+)
+FULL_ATTENTION = Symbols(
+    "vllm.v1.kv_cache_interface",
+    ("FullAttentionSpec",),
+    by="prefix",
+    why="which groups keep every position",
+)
+BLOCKS_FROM_ELSEWHERE = Symbols(
+    "vllm.config.vllm:VllmConfig | vllm.config:VllmConfig",
+    ("kv_transfer_config", "cache_config", "parallel_config"),
+    by="prefix",
+    why="where blocks may come from another process",
+)
+CONTEXT_PARALLEL = Symbols(
+    "vllm.config.parallel:ParallelConfig | vllm.config:ParallelConfig",
+    ("decode_context_parallel_size", "prefill_context_parallel_size"),
+    by="prefix",
+    why="where a block holds other positions than its place says",
+)
+
 # Which worker it is, and what ran.
 
 GROUPS = Symbols(
@@ -295,8 +377,11 @@ SCHEDULER_CONFIG = Symbols(
     by="metadata",
     why="what ran",
 )
-OTHER_CONFIGS = Symbols(
-    "vllm.config.cache:CacheConfig | vllm.config:CacheConfig", ("enable_prefix_caching",), by="metadata", why="what ran"
+CACHE_CONFIG = Symbols(
+    "vllm.config.cache:CacheConfig | vllm.config:CacheConfig",
+    ("enable_prefix_caching",),
+    by="metadata, prefix",
+    why="whether tokens may be cached",
 )
 COMPILATION_CONFIG = Symbols(
     "vllm.config.compilation:CompilationConfig | vllm.config:CompilationConfig",

@@ -4,6 +4,7 @@
 - `load_model`: right after it the routers are bound and the ring takes its memory, before the KV cache takes the rest;
 - warm-up: profiling, compiling and warm-up run the routers too, but no step is open, so the op does nothing;
 - `execute_model`, from the first one after `compile_or_warm_up_model`: a step around each;
+- `sample_tokens`: what it returns says which draft tokens were accepted;
 - `shutdown`: the trace is closed.
 
 Whatever goes wrong here is caught, counted, said once in the log, and the engine serves on.
@@ -67,7 +68,7 @@ def _take_settings(vllm_config: Any) -> Mapping[str, Any]:
 
 
 class WorkerRecording:
-    """Wraps four methods of one worker, on the instance."""
+    """Wraps methods of one worker, on the instance."""
 
     def __init__(self, worker: Any, config: Config) -> None:
         self.worker = worker
@@ -86,6 +87,7 @@ class WorkerRecording:
             ("load_model", self._load_model),
             ("compile_or_warm_up_model", self._compile_or_warm_up_model),
             ("execute_model", self._execute_model),
+            ("sample_tokens", self._sample_tokens),
             ("shutdown", self._shutdown),
         ):
             setattr(worker, name, wrapper(getattr(worker, name)))
@@ -120,7 +122,10 @@ class WorkerRecording:
         def compile_or_warm_up_model(*args: Any, **kwargs: Any) -> Any:
             self._armed, self._warming = False, True
             result = original(*args, **kwargs)
-            self._armed, self._warming = self._steps is not None, False
+            self._warming = False
+            if self._steps is not None:
+                self._guard("following the prefix cache", self._follow_blocks, self._steps)
+                self._armed = True
             return result
 
         return compile_or_warm_up_model
@@ -133,6 +138,8 @@ class WorkerRecording:
             if not self._armed or steps is None:
                 return original(scheduler_output, *args, **kwargs)
             opened = self._guard("opening a step", steps.begin, scheduler_output)
+            if opened is None:
+                self._guard("giving up a step", steps.abort)
             try:
                 result = original(scheduler_output, *args, **kwargs)
             except BaseException:
@@ -145,9 +152,19 @@ class WorkerRecording:
                 and not self._guard("closing a step", steps.end_as_nobodys, scheduler_output)
             ):
                 self._guard("giving up a step", steps.abort)
+            self._guard("reading the sampler's output", steps.sampled, result)  # older versions return it here
             return result
 
         return execute_model
+
+    def _sample_tokens(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def sample_tokens(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            if self._armed and self._steps is not None:
+                self._guard("reading the sampler's output", self._steps.sampled, output)
+            return output
+
+        return sample_tokens
 
     def _shutdown(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def shutdown(*args: Any, **kwargs: Any) -> Any:
@@ -219,6 +236,11 @@ class WorkerRecording:
         self._say(layers)
         if self._bound:
             self._steps = Steps(recorder, runner, tokens="tokens" in self.config.fields)
+
+    def _follow_blocks(self, steps: Steps) -> None:
+        from moe_native.vllm import prefix
+
+        steps.owners = prefix.followed(self.worker.vllm_config, self.worker.model_runner)
 
     def _say(self, layers: list[Any]) -> None:
         assert self.recorder is not None

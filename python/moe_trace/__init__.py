@@ -7,6 +7,7 @@ from moe_trace.errors import DamagedTrace, NotATrace, TraceError, TraceNotFound,
 from moe_trace.rank import Layer
 from moe_trace.recover import Recovery, recover
 from moe_trace.select import Selection
+from moe_trace.sequence import TokenSequence
 from moe_trace.statistics import LayerStats
 from moe_trace.trace import Loss, Trace, open
 
@@ -21,6 +22,7 @@ __all__ = [
     "NotATrace",
     "Recovery",
     "Selection",
+    "TokenSequence",
     "Trace",
     "TraceError",
     "TraceNotFound",

@@ -13,7 +13,11 @@ import numpy.typing as npt
 from moe_trace import format as fmt
 from moe_trace.block import Block
 from moe_trace.errors import TraceError
+from moe_trace.notes import names
 from moe_trace.rank import Rank
+
+_SUPERSEDED = fmt.RUN_FLAGS["superseded"]
+_NOT_CURRENT = _SUPERSEDED | sum(fmt.RUN_FLAGS[name] for name in ("rejected", "discarded", "undecided"))
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Filter:
     modalities: frozenset[int] | None = None
     requests: frozenset[str] | None = None
     runs: frozenset[str] | None = None  # their names
+    current: bool = False  # only the rows that count
     first_ns: int | None = None  # included
     end_ns: int | None = None  # not included
     first_step: int | None = None
@@ -36,6 +41,11 @@ class Filter:
         return (self.phases is None or phase in self.phases) and (
             self.modalities is None or modality in self.modalities
         )
+
+    @property
+    def by_class(self) -> bool:
+        """Whether a row's class and time say if it is asked for: then statistics can answer."""
+        return self.requests is None and not self.current
 
     @property
     def any_time(self) -> bool:
@@ -82,7 +92,11 @@ class Batch:
 
     @cached_property
     def _mask(self) -> npt.NDArray[np.bool_] | None:
-        return None if self._keep is None else np.repeat(self._keep, self._block.runs["count"])
+        mask = None if self._keep is None else np.repeat(self._keep, self._block.runs["count"])
+        if self._asked.current:
+            counts = (self._all_flags & _NOT_CURRENT) == 0
+            mask = counts if mask is None else mask & counts
+        return mask
 
     def _rows(self, per_row: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return per_row if self._mask is None else per_row[self._mask]
@@ -93,6 +107,8 @@ class Batch:
     @cached_property
     def rows(self) -> int:
         """Number of rows."""
+        if self._asked.current and self._mask is not None:
+            return int(self._mask.sum())
         return self._block.rows if self._keep is None else int(self._block.runs["count"][self._keep].sum())
 
     def column(self, field: int, layer: int) -> npt.NDArray[Any] | None:
@@ -146,11 +162,15 @@ class Batch:
     @cached_property
     def positions(self) -> npt.NDArray[np.int64]:
         """Absolute positions in the requests, int64 `[rows]`, -1 where unknown."""
+        return self._rows(self._all_positions)
+
+    @cached_property
+    def _all_positions(self) -> npt.NDArray[np.int64]:
         runs = self._block.runs
         counts = runs["count"].astype(np.int64)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         first = np.repeat(_unknown_to_minus_one(runs["position"]), counts)
-        return self._rows(np.where(first < 0, -1, first + within))
+        return np.where(first < 0, -1, first + within)
 
     @cached_property
     def request_ids(self) -> npt.NDArray[np.object_]:
@@ -169,8 +189,13 @@ class Batch:
 
     @cached_property
     def flags(self) -> npt.NDArray[np.uint16]:
-        """1 recomputed, 2 rejected draft, 4 superseded, 8 discarded, added up; `[rows]`. Late amendments are in it."""
-        flags = np.repeat(self._block.runs["flags"], self._block.runs["count"])
+        """What became of the rows (`Selection.flags`); `[rows]`."""
+        return self._rows(self._all_flags)
+
+    @cached_property
+    def _all_flags(self) -> npt.NDArray[np.uint16]:
+        runs = self._block.runs
+        flags = np.repeat(runs["flags"], runs["count"])
         amendments = self._rank.amendments
         if amendments:
             steps = self._block.steps
@@ -179,12 +204,19 @@ class Batch:
                 of_step = flags[int(end) - int(step["rows"]) : int(end)]
                 for row, count, bits in amendments.get(int(step["step"]), ()):
                     of_step[max(row, 0) : max(row + count, 0)] |= bits
-        return self._rows(flags)
+        requests = np.repeat(runs["request"], runs["count"])
+        superseded = self._rank.repeats.superseded(requests, self._all_positions, self._all_steps)
+        flags[superseded] |= _SUPERSEDED
+        return flags
 
     @cached_property
     def step_numbers(self) -> npt.NDArray[np.int64]:
         """Number of each row's step in its run, int64 `[rows]`."""
-        return self._rows(np.repeat(self._block.steps["step"].astype(np.int64), self._block.steps["rows"]))
+        return self._rows(self._all_steps)
+
+    @cached_property
+    def _all_steps(self) -> npt.NDArray[np.int64]:
+        return np.repeat(self._block.steps["step"].astype(np.int64), self._block.steps["rows"])
 
     @cached_property
     def times(self) -> npt.NDArray[np.datetime64]:
@@ -207,12 +239,7 @@ def promote(parts: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
 def request_names(rank: Rank, block: Block) -> npt.NDArray[np.object_]:
     """Request names of the runs of a block; None for nobody's."""
     indices, inverse = np.unique(block.runs["request"], return_inverse=True)
-    known = rank.requests
-    names = np.empty(len(indices), object)
-    for i, index in enumerate(indices.tolist()):
-        request = known.get(index)
-        names[i] = None if index == fmt.NOBODY else f"#{index}" if request is None else request.id
-    return names[inverse]
+    return np.array([*names(rank.requests, indices.tolist()), None], object)[inverse]
 
 
 def _unknown_to_minus_one(values: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:

@@ -90,7 +90,8 @@ TABLES: dict[int, np.dtype[Any]] = {
 CAUSES = ("ring_full", "too_large", "aborted", "bad_input", "no_lane", "incomplete", "io_error")
 PHASES = ("unknown", "prefill", "decode")
 MODALITIES = ("unknown", "text", "image", "video", "audio")
-RUN_FLAGS = {"recomputed": 1, "rejected": 2, "superseded": 4, "discarded": 8}
+RUN_FLAGS = {"recomputed": 1, "rejected": 2, "superseded": 4, "discarded": 8, "undecided": 16}
+CLASS_RECOMPUTED, CLASS_DRAFT = 1 << 7, 1 << 8
 
 
 def parse_json(text: bytes | str) -> Any:

@@ -17,6 +17,7 @@ from moe_trace.block import Block
 from moe_trace.errors import DamagedTrace, TraceError, TraceNotFound
 from moe_trace.file_block import FileBlock
 from moe_trace.files import read_plain
+from moe_trace.notes import Notes, Repeats, Request, read_notes
 from moe_trace.owner import held, process_lives
 from moe_trace.ring import Ring
 from moe_trace.ring_block import RingBlock
@@ -25,23 +26,6 @@ from moe_trace.statistics import LayerStats
 from moe_trace.units import count
 
 _INCOMPLETE = fmt.CAUSES.index("incomplete")
-
-
-@dataclass(frozen=True)
-class Request:
-    """A request of the serving engine.
-
-    Attributes:
-        id: the name that its user knows.
-        prompt_len: tokens of its prompt, or None where nobody said.
-        info: everything that was noted of it.
-        runs: names of the runs that have a request of this name; the rest is of the last of them.
-    """
-
-    id: str
-    prompt_len: int | None
-    info: dict[str, Any]
-    runs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -333,38 +317,23 @@ class Rank:
         return self._layers_with_rows.union(entry.layer for entry in self.coverage if entry.recorded)
 
     @cached_property
-    def _notes(self) -> tuple[dict[int, Request], dict[int, list[tuple[int, int, int]]]]:
-        requests: dict[int, Request] = {}
-        amendments: dict[int, list[tuple[int, int, int]]] = {}
-        for block in self.blocks():
-            try:
-                notes = block.notes
-            except DamagedTrace as error:
-                if str(error) not in self._problems:
-                    self._problems.append(str(error))
-                continue
-            for note in notes:
-                kind = note.get("type")
-                if kind == "request" and isinstance(note.get("index"), int) and isinstance(note.get("id"), str):
-                    prompt_len = note.get("prompt_len")
-                    info = {k: v for k, v in note.items() if k not in ("type", "index")}
-                    known = prompt_len if isinstance(prompt_len, int) else None
-                    requests[note["index"]] = Request(note["id"], known, info, (self.run,))
-                elif kind == "amend" and all(isinstance(note.get(key), int) for key in ("step", "row", "count")):
-                    names = note.get("set")
-                    flags = sum(bit for name, bit in fmt.RUN_FLAGS.items() if isinstance(names, list) and name in names)
-                    amendments.setdefault(note["step"], []).append((note["row"], note["count"], flags))
-        return requests, amendments
+    def _notes(self) -> Notes:
+        return read_notes(self.blocks(), self.run, self._problems)
 
     @property
     def requests(self) -> dict[int, Request]:
         """The requests by their index in *runs*."""
-        return self._notes[0]
+        return self._notes.requests
 
     @property
     def amendments(self) -> dict[int, list[tuple[int, int, int]]]:
         """Late facts by step: (first row, count, flags to set)."""
-        return self._notes[1]
+        return self._notes.amendments
+
+    @cached_property
+    def repeats(self) -> Repeats:
+        """Which positions were executed more than once."""
+        return Repeats(self.blocks())
 
     @property
     def problems(self) -> list[str]:

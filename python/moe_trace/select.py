@@ -16,6 +16,7 @@ from moe_trace.batch import Batch, Filter, promote, request_names, these
 from moe_trace.block import Block
 from moe_trace.errors import DamagedTrace, TraceError
 from moe_trace.rank import Rank
+from moe_trace.sequence import TokenSequence, assemble
 from moe_trace.statistics import LayerStats
 from moe_trace.units import since, unix_ns
 
@@ -84,6 +85,15 @@ class Selection:
         """Rows of some of the modalities `text`, `image`, `video`, `audio`, `unknown`."""
         return self._narrow(modalities=_codes(modalities, fmt.MODALITIES, "modality", self._asked.modalities))
 
+    def current(self) -> Selection:
+        """Only the rows that count: of several rows of one position the last, and no draft token that was rejected or
+        whose fate is not known.
+
+        Without it, everything that was executed is selected: what a preempted request executed before it started
+        over, and rejected drafts; `flags` tells them apart.
+        """
+        return self._narrow(current=True)
+
     def request(self, *ids: str) -> Selection:
         """Rows of these requests, by the names that their users know.
 
@@ -103,6 +113,22 @@ class Selection:
                 warnings.warn(f"request {id!r} is in {which}: the rows of all of them are selected", stacklevel=2)
         wanted = frozenset(ids)
         return self._narrow(requests=wanted if self._asked.requests is None else wanted & self._asked.requests)
+
+    def sequence(self, id: str, *, resolve_cached: bool = True, which: int | None = None) -> TokenSequence:
+        """The routing of one request, position by position, as `[positions, layers, …]`.
+
+        Args:
+            id: the name that its user knows.
+            resolve_cached: give positions that the engine had in its prefix cache, and so did not execute, the rows of
+                the request that computed them (and say so in `TokenSequence.state`); else they stay without.
+            which: where several requests have this name, the one that is meant, 0 the first.
+
+        Only the layers and the run of this selection matter; its phases, times and so on do not.
+
+        Raises:
+            TraceError: there is no such request, or there are several and `which` was not given.
+        """
+        return assemble(self, self._ranks, id, resolve_cached, which)
 
     def run(self, which: str | int) -> Selection:
         """Rows of one run: by its name, or by its index in `trace.runs` (0 the oldest, -1 the newest). Raises
@@ -188,6 +214,11 @@ class Selection:
         """
         recorded = self._recorded_layers()
         return recorded if self._asked.layers is None else tuple(x for x in self._asked.layers if x in recorded)
+
+    @property
+    def one_layer(self) -> bool:
+        """Whether results have no layer axis."""
+        return self._asked.one_layer
 
     def _kept_runs(self, rank: Rank, block: Block) -> npt.NDArray[np.bool_] | None:
         asked = self._asked
@@ -300,7 +331,9 @@ class Selection:
 
     @property
     def flags(self) -> npt.NDArray[np.uint16]:
-        """1 recomputed, 2 rejected draft, 4 superseded, 8 discarded, added up; `[rows]`."""
+        """What became of the rows, added up; `[rows]`: 1 recomputed (the position had been executed before), 2 rejected
+        draft, 4 superseded (a later row of the position counts), 8 discarded, 16 draft of unknown fate.
+        """
         return self._joined("flags", np.zeros(0, np.uint16))
 
     @property
@@ -324,7 +357,7 @@ class Selection:
             return layer in layers and asked.takes_class(cls)
 
         for rank in self._ranks:
-            if asked.requests is None and asked.any_time:
+            if asked.by_class and asked.any_time:
                 rank.add_statistics(into, wanted)
             else:
                 self._add_statistics(rank, into, wanted)
@@ -337,7 +370,7 @@ class Selection:
         asked = self._asked
         for block in rank.blocks():
             spans = block.first_time_ns, block.last_time_ns, block.first_step, block.last_step
-            if asked.requests is None and asked.covers(*spans):
+            if asked.by_class and asked.covers(*spans):
                 block.add_statistics(into, wanted)
             elif (batch := self._batch(rank, block)) is not None:
                 for layer in batch.layers:
@@ -391,6 +424,8 @@ class Selection:
             parts.append(f"{len(asked.requests)} requests")
         if asked.runs is not None:
             parts.append(", ".join(sorted(asked.runs)))
+        if asked.current:
+            parts.append("current rows")
         if not asked.any_time:
             parts.append("part of the time")
         return f"<moe_trace selection of {self._trace.path}: {', '.join(parts) or 'everything'}>"

@@ -13,7 +13,8 @@ from typing import Any
 from moe_trace import format as fmt
 from moe_trace.batch import Filter
 from moe_trace.errors import NotATrace, TraceError, TraceNotFound
-from moe_trace.rank import Layer, Rank, Request
+from moe_trace.notes import Request
+from moe_trace.rank import Layer, Rank
 from moe_trace.segment import segment_paths
 from moe_trace.select import Selection
 from moe_trace.units import count

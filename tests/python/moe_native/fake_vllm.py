@@ -44,7 +44,9 @@ class Worker:
     """As vLLM's worker: two layers, `max_num_tokens` rows in its warm-up, and a batch of one request a step."""
 
     def __init__(self, **additional_config: Any) -> None:
-        self.vllm_config = SimpleNamespace(additional_config=additional_config)
+        self.vllm_config = SimpleNamespace(
+            additional_config=additional_config, cache_config=SimpleNamespace(enable_prefix_caching=False)
+        )
         self.rank, self.device = 0, torch.device("cpu")
         self.model_config = SimpleNamespace(model="fake")
         self.model_runner: Any = None
@@ -77,17 +79,33 @@ class Worker:
             raise self.forward_error
         return rows
 
+    def sample_tokens(self, grammar_output: Any) -> str:
+        self.calls.append("sample_tokens")
+        return "sampled"
+
     def shutdown(self) -> None:
         self.calls.append("shutdown")
 
 
 def scheduled(first: int, count: int, prompt: int | None = None) -> Any:
     """The scheduler's output for `count` tokens of the one request; `prompt` is the prompt's length of a new one."""
-    new = [] if prompt is None else [SimpleNamespace(req_id="r-01234567", prompt_token_ids=[0] * prompt)]
+    new = (
+        []
+        if prompt is None
+        else [
+            SimpleNamespace(
+                req_id="r-01234567", prompt_token_ids=[0] * prompt, num_computed_tokens=first, block_ids=([],)
+            )
+        ]
+    )
+    cached = [] if new or not count else ["r-01234567"]
     return SimpleNamespace(
         first=first,
         finished_req_ids=set(),
         scheduled_new_reqs=new,
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=cached, new_block_ids=[None] * len(cached), num_computed_tokens=[first], resumed_req_ids=set()
+        ),
         num_scheduled_tokens={"r-01234567": count},
         total_num_scheduled_tokens=count,
     )

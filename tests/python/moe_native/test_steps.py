@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from moe_native.runs import RUN_DTYPE, UNKNOWN, row_class
+from moe_native.runs import DRAFT, RECOMPUTED, RUN_DTYPE, UNKNOWN, row_class
+from moe_native.vllm.prefix import BlockOwners
 from moe_native.vllm.steps import Steps, external_id
 
 PREFILL, DECODE = row_class("prefill", "text", True), row_class("decode", "text", True)
@@ -82,6 +83,8 @@ class Engine:
         finished: tuple[str, ...] = (),
         padding: int = 3,
         drafts: dict[str, int] | None = None,  # request -> how many of its tokens are drafts
+        blocks: dict[str, list[int]] | None = None,  # request -> the KV blocks that it gets now
+        resumed: tuple[str, ...] = (),
     ) -> list[tuple[Any, ...]] | None:
         positions = [p for first, count in scheduled.values() for p in range(first, first + count)] + [0] * padding
         tokens = torch.tensor([1000 + p for p in positions], dtype=torch.int32)
@@ -101,9 +104,21 @@ class Engine:
             scheduled_new_reqs=[
                 data
                 if isinstance(data, SimpleNamespace)
-                else SimpleNamespace(req_id=name, prompt_token_ids=[0] * data, mm_features=[])
+                else SimpleNamespace(
+                    req_id=name,
+                    prompt_token_ids=[0] * data,
+                    mm_features=[],
+                    num_computed_tokens=scheduled[name][0],
+                    block_ids=([0], (blocks or {}).get(name, [])),  # of a group that is not followed, and one that is
+                )
                 for name, data in (new or {}).items()
             ],
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=(going_on := [name for name in scheduled if name not in (new or {})]),
+                new_block_ids=[([0], blocks[name]) if name in (blocks or {}) else None for name in going_on],
+                num_computed_tokens=[scheduled[name][0] for name in going_on],
+                resumed_req_ids=set(resumed),
+            ),
             num_scheduled_tokens={name: count for name, (_, count) in sorted(scheduled.items())},
             scheduled_spec_decode_tokens={name: [7] * count for name, count in (drafts or {}).items()},
             total_num_scheduled_tokens=sum(count for _, count in scheduled.values()),
@@ -154,16 +169,17 @@ def test_positions_executed_before_are_marked(engine: Engine) -> None:
     engine.step({A: (4, 1)})
     engine.step({A: (5, 1)})
     # Preempted, and taken up again from the start: the scheduler sends it as new, or just goes on with it.
-    assert engine.step({A: (0, 6)}, new={A: 4}) == [("a", 0, 4, PREFILL, 1), ("a", 4, 2, DECODE, 1)]
+    again = [("a", 0, 4, PREFILL | RECOMPUTED, 1), ("a", 4, 2, DECODE | RECOMPUTED, 1)]
+    assert engine.step({A: (0, 6)}, new={A: 4}) == again
     assert engine.step({A: (6, 1)}) == [("a", 6, 1, DECODE, 0)]
-    assert engine.step({A: (5, 4)}) == [("a", 5, 2, DECODE, 1), ("a", 7, 2, DECODE, 0)]
+    assert engine.step({A: (5, 4)}) == [("a", 5, 2, DECODE | RECOMPUTED, 1), ("a", 7, 2, DECODE, 0)]
 
 
 def test_positions_that_were_cached_are_not_marked_when_they_are_executed_at_last(engine: Engine) -> None:
     engine.step({A: (4, 2)}, new={A: 8})  # four positions came from the prefix cache
     assert engine.step({A: (0, 8)}, new={A: 8}) == [
         ("a", 0, 4, PREFILL, 0),
-        ("a", 4, 2, PREFILL, 1),
+        ("a", 4, 2, PREFILL | RECOMPUTED, 1),
         ("a", 6, 2, PREFILL, 0),
     ]
 
@@ -173,17 +189,33 @@ def test_rejected_drafts_are_amended_when_the_request_goes_on(engine: Engine) ->
     engine.recorder.admit = False
     engine.step({A: (4, 1), B: (4, 1)})  # step 1 is refused
     engine.recorder.admit = True
-    engine.step({A: (5, 4), B: (5, 3), C: (0, 2)}, new={C: 2}, drafts={A: 3, B: 2})  # step 2: drafts in rows 1-3, 5-6
+    # Step 2: drafts in rows 1-3 and 5-6.
+    assert engine.step({A: (5, 4), B: (5, 3), C: (0, 2)}, new={C: 2}, drafts={A: 3, B: 2}) == [
+        ("a", 5, 1, DECODE, 0),
+        ("a", 6, 3, DECODE | DRAFT, 0),
+        ("b", 5, 1, DECODE, 0),
+        ("b", 6, 2, DECODE | DRAFT, 0),
+        ("c", 0, 2, PREFILL, 0),
+    ]
     assert engine.recorder.amended == []
     # One of a's drafts was accepted, both of b's were.
     engine.step({B: (8, 3), A: (7, 1), C: (2, 1)}, drafts={B: 2})
     assert engine.recorder.amended == [(2, 2, 2, ["rejected"])]
-    # b is preempted: what became of its drafts is not known.
+    # b is preempted: what became of its drafts, in rows 1-2 of step 3, is not known.
     engine.step({B: (0, 4), A: (8, 1)})
-    assert len(engine.recorder.amended) == 1
-    engine.step({A: (9, 3)}, drafts={A: 2})
-    engine.step({B: (4, 1)}, finished=(A,))
-    assert len(engine.recorder.amended) == 1 and not engine.steps._drafts
+    assert engine.recorder.amended[1:] == [(3, 1, 2, ["undecided"])]
+
+
+def test_drafts_of_a_last_step_are_judged_by_what_the_sampler_returned(engine: Engine) -> None:
+    engine.step({A: (0, 4), B: (0, 4)}, new={A: 4, B: 4})
+    engine.step({A: (4, 4), B: (4, 3)}, drafts={A: 3, B: 2})
+    engine.steps.sampled(SimpleNamespace(req_ids=[B, A], sampled_token_ids=[[5, 6, 7], [8]]))
+    assert engine.recorder.amended == [(1, 1, 3, ["rejected"])]
+    # Nothing more is said of them when the requests go on, or end.
+    engine.step({A: (5, 3), B: (7, 2)}, drafts={A: 2, B: 1})
+    engine.steps.sampled(SimpleNamespace(get_output=None))  # still on its way from the device
+    engine.step({A: (6, 1)}, finished=(B,))
+    assert engine.recorder.amended[1:] == [(2, 4, 1, ["undecided"]), (2, 1, 2, ["rejected"])]
 
 
 def test_drafts_are_not_judged_by_a_step_that_was_not_seen(engine: Engine) -> None:
@@ -193,13 +225,59 @@ def test_drafts_are_not_judged_by_a_step_that_was_not_seen(engine: Engine) -> No
     engine.step({A: (5, 2)})  # all of them were rejected, but this step is refused
     engine.recorder.admit = True
     engine.step({A: (7, 1)})  # which looks as if two had been accepted
-    assert engine.recorder.amended == []
+    assert engine.recorder.amended == [(1, 1, 3, ["undecided"])]
+
+
+def test_cached_positions_name_the_requests_whose_rows_they_share(engine: Engine) -> None:
+    engine.steps.owners = BlockOwners(group=1, block_size=4)
+    engine.step({A: (0, 10)}, new={A: 10}, blocks={A: [7, 8, 9]})
+    # a's two full blocks are shared in the step in which b comes; c shares one of a's and one of b's own.
+    engine.step({A: (10, 1), B: (8, 6)}, new={B: 14}, blocks={B: [7, 8, 3, 4]})
+    assert engine.recorder.info["b"]["cached"] == [[0, 8, 0]]
+    engine.step({A: (11, 1), B: (14, 1), C: (12, 1)}, new={C: 13}, blocks={C: [7, 8, 3, 5]})
+    assert engine.recorder.info["c"]["cached"] == [[0, 8, 0], [8, 4, 1]]
+    assert "cached" not in engine.recorder.info["a"]
+
+
+def test_blocks_that_go_to_another_request_are_that_requests(engine: Engine) -> None:
+    engine.steps.owners = BlockOwners(group=1, block_size=4)
+    engine.step({A: (0, 4), B: (0, 4)}, new={A: 4, B: 4}, blocks={A: [1], B: [2]})
+    engine.step({A: (4, 1)}, blocks={A: [5]}, finished=(B,))  # b's block 2 is free
+    engine.recorder.admit = False
+    engine.step({A: (8, 1)}, blocks={A: [2]})  # not recorded, but followed
+    engine.recorder.admit = True
+    engine.step({C: (12, 1)}, new={C: 13}, blocks={C: [1, 5, 2, 6]})
+    assert engine.recorder.info["c"]["cached"] == [[0, 12, 0]]
+    # a is preempted, and resumed with its first block and others.
+    engine.step({A: (4, 8)}, blocks={A: [1, 8, 9]}, resumed=(A,))
+    late = "d-00000000"
+    engine.step({late: (12, 1)}, new={late: 13}, blocks={late: [1, 8, 2, 10]})
+    assert engine.recorder.info["d"]["cached"] == [[0, 12, 0]]
+
+
+def test_sources_that_are_not_known_are_said_to_be_so(engine: Engine) -> None:
+    engine.step({A: (8, 2)}, new={A: 10}, blocks={A: [1, 2, 3]})
+    assert engine.recorder.info["a"]["cached"] == [[0, 8, None]]  # nobody follows the blocks
+    engine.steps.owners = BlockOwners(group=1, block_size=4)
+    engine.step({B: (10, 2)}, new={B: 12}, blocks={B: [1, 2, 6]})
+    assert engine.recorder.info["b"]["cached"] == [[0, 10, None]]  # computed before, and a part of a block
+    engine.step({C: (12, 1)}, new={C: 13}, blocks={C: [1, 2, 6, 7]})
+    assert engine.recorder.info["c"]["cached"] == [[0, 8, None], [8, 4, 1]]
+    engine.steps.abort()  # something went wrong in a step: what it did to the blocks was not seen
+    engine.step({"d-00000000": (12, 1)}, new={"d-00000000": 13}, blocks={"d-00000000": [1, 2, 6, 9]})
+    assert engine.recorder.info["d"]["cached"] == [[0, 12, None]]
+
+
+def test_a_scheduler_whose_blocks_cannot_be_read_is_recorded_without_sources(engine: Engine) -> None:
+    engine.steps.owners = BlockOwners(group=5, block_size=4)
+    assert engine.step({A: (0, 4)}, new={A: 4}, blocks={A: [1]}) == [("a", 0, 4, PREFILL, 0)]
+    assert engine.steps.owners is None
 
 
 def test_image_positions_of_a_prompt_have_their_modality(engine: Engine) -> None:
     picture = SimpleNamespace(modality="image", mm_position=SimpleNamespace(offset=2, length=3))
     depth = SimpleNamespace(modality="depth", mm_position=SimpleNamespace(offset=6, length=1))
-    new = SimpleNamespace(req_id=A, prompt_token_ids=[0] * 8, mm_features=[picture, depth])
+    new = SimpleNamespace(req_id=A, prompt_token_ids=[0] * 8, mm_features=[picture, depth], num_computed_tokens=0)
     assert engine.step({A: (0, 4)}, new={A: new}) == [("a", 0, 2, PREFILL, 0), ("a", 2, 2, IMAGE, 0)]
     assert engine.step({A: (4, 5)}) == [
         ("a", 4, 1, IMAGE, 0),

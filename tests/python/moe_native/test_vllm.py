@@ -6,63 +6,17 @@ Each engine runs in a process of its own, and vLLM puts its core and its worker 
 from __future__ import annotations
 
 import json
-import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from conftest import Engine
-
-import moe_trace
+from recorded import ALL_FIELDS, EXPERTS, LAYERS, MAX_TOKENS, PROMPTS, TOP_K, Recorded, Transformers, job
 
 pytestmark = pytest.mark.vllm
-
-LAYERS, EXPERTS, TOP_K = 4, 60, 4
-PROMPTS = [f"Maria has {n} hens and buys {3 * n} more." + " How many eggs?" * n for n in range(6)]
-MAX_TOKENS = 12
-RECOMPUTED, REJECTED = 1, 2  # flags of a row
-NEAR_TIE = 1e-5  # two float32 implementations may order logits closer than this differently
-ALL_FIELDS = "ids,weights,logits,hidden,tokens"
-
-
-def job(checkpoint: Path, **engine: Any) -> dict[str, Any]:
-    return {
-        "engine": {
-            "model": str(checkpoint),
-            "dtype": "float32",
-            "seed": 1234,
-            "max_model_len": 256,
-            "max_num_seqs": 4,  # fewer than the prompts, so that requests come and go
-            "enable_prefix_caching": False,
-            **engine,
-        },
-        "prompts": PROMPTS,
-        "max_tokens": MAX_TOKENS,
-        "inspect": True,
-    }
-
-
-class Recorded:
-    """A trace, and what vLLM said of the requests in it."""
-
-    def __init__(self, path: Path, answer: dict[str, Any]) -> None:
-        self.path = path
-        self.trace = moe_trace.open(path)
-        self.answer = answer
-        self.requests: list[dict[str, Any]] = answer["requests"]
-
-    @property
-    def generated(self) -> list[list[int]]:
-        return [request["generated"] for request in self.requests]
-
-    def executed(self, request: dict[str, Any]) -> list[int]:
-        """The tokens of a request that went through the model: the last one is sampled and not executed."""
-        return [*request["prompt"], *request["generated"][:-1]]
 
 
 @pytest.fixture(scope="module")
@@ -151,54 +105,42 @@ def test_token_ids_are_those_of_the_requests(with_all_fields: Recorded) -> None:
         assert rows.tokens[order].tolist() == with_all_fields.executed(request)
 
 
-def by_transformers(checkpoint: Path, recorded: Recorded) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    """Each request's router logits, `[rows, layers, experts]`, from one pass over the tokens that vLLM executed."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    for request in recorded.requests:
-        with torch.no_grad():
-            output = model(torch.tensor([recorded.executed(request)]), output_router_logits=True)
-        yield request["id"], torch.stack(output.router_logits, dim=1).numpy()
+@pytest.fixture(scope="module")
+def transformers(checkpoint: Path) -> Transformers:
+    return Transformers(checkpoint)
 
 
 def test_ids_and_weights_are_those_of_transformers(
-    checkpoint: Path, recorded: Recorded, capsys: pytest.CaptureFixture[str]
+    transformers: Transformers, recorded: Recorded, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    near_ties = rows_checked = 0
+    near_ties = compared = 0
     exact = recorded.trace.metadata["weights_dtype"] == "exact"
-    for request, logits in by_transformers(checkpoint, recorded):
-        rows = recorded.trace.request(request).layer(range(LAYERS))
+    for request in recorded.requests:
+        tokens, rows = recorded.executed(request), recorded.trace.request(request["id"]).layer(range(LAYERS))
         order = np.argsort(rows.positions)
         ids, weights = rows.ids[order].astype(np.int64), rows.weights[order].astype(np.float64)
-        expected = np.argsort(-logits, axis=-1, kind="stable")[..., :TOP_K]
-        ranked = -np.sort(-logits, axis=-1)
-        margin = ranked[..., TOP_K - 1] - ranked[..., TOP_K]
-        different = (np.sort(ids, axis=-1) != np.sort(expected, axis=-1)).any(axis=-1)
-        assert (margin[different] < NEAR_TIE).all(), f"request {request}: {margin[different]}"
-        near_ties += int(different.sum())
-        rows_checked += different.size
-
-        probabilities = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+        size, ties = transformers.check_ids(tokens, ids, request["id"])
+        compared, near_ties = compared + size, near_ties + ties
+        logits = transformers.logits(tokens).astype(np.float64)
+        probabilities = np.exp(logits - logits.max(axis=-1, keepdims=True))
         probabilities /= probabilities.sum(axis=-1, keepdims=True)
         # float16 keeps 11 bits; the two implementations differ by a few float32 roundings over 4 layers.
         tolerance = {"rtol": 2e-4, "atol": 1e-7} if exact else {"rtol": 2**-11 + 2e-4, "atol": 2**-24}
         np.testing.assert_allclose(weights, np.take_along_axis(probabilities, ids, axis=-1), **tolerance)
     with capsys.disabled():
-        print(
-            f"\n  {rows_checked} rows x layers as in transformers, {near_ties} near-ties (margin < {NEAR_TIE})", end=""
-        )
-    assert near_ties < rows_checked / 100
+        print(f"\n  {compared} rows x layers as in transformers, {near_ties} near-ties", end="")
+    assert near_ties < compared / 100
 
 
 def test_recorded_logits_are_those_of_transformers_and_choose_the_recorded_ids(
-    checkpoint: Path, with_all_fields: Recorded
+    transformers: Transformers, with_all_fields: Recorded
 ) -> None:
     trace = with_all_fields.trace.layer(range(LAYERS))
     chosen = torch.from_numpy(trace.logits).topk(TOP_K, dim=-1).indices.numpy()
     assert (np.sort(chosen, axis=-1) == np.sort(trace.ids.astype(np.int64), axis=-1)).all()
-    for request, logits in by_transformers(checkpoint, with_all_fields):
-        rows = with_all_fields.trace.request(request).layer(range(LAYERS))
+    for request in with_all_fields.requests:
+        logits = transformers.logits(with_all_fields.executed(request))
+        rows = with_all_fields.trace.request(request["id"]).layer(range(LAYERS))
         np.testing.assert_allclose(rows.logits[np.argsort(rows.positions)], logits, atol=2e-4)
 
 
@@ -228,14 +170,14 @@ def test_compiled_graphs_of_a_run_without_recording_are_not_used_with_it(
 
 
 def test_recording_changes_no_generated_token(off: dict[str, Any], compiled: Recorded) -> None:
-    assert [request["generated"] for request in off["requests"]] == compiled.generated
+    assert [request["generated"] for request in off["calls"][0]] == compiled.generated
 
 
 def test_without_settings_nothing_is_hooked(off: dict[str, Any], compiled: Recorded) -> None:
     assert off["hooks"] == [{"worker": [], "routers": [], "class": [], "additional_config": []}]
     assert compiled.answer["hooks"] == [
         {
-            "worker": ["load_model", "compile_or_warm_up_model", "execute_model", "shutdown"],
+            "worker": ["load_model", "compile_or_warm_up_model", "execute_model", "sample_tokens", "shutdown"],
             "routers": ["CPURouter"] * LAYERS,
             "class": ["__init__"],
             "additional_config": ["moe_native"],
@@ -270,94 +212,11 @@ def test_files_are_for_their_owner_only_and_closed(recorded: Recorded) -> None:
 
 def test_a_wrong_setting_is_said_once_and_the_engine_serves(engine: Engine, checkpoint: Path, tmp_path: Path) -> None:
     answer = engine(
-        {**job(checkpoint, enforce_eager=True), "prompts": PROMPTS[:1]},
+        job(checkpoint, {"prompts": PROMPTS[:1], "max_tokens": MAX_TOKENS}, enforce_eager=True),
         MOE_NATIVE_TRACE=str(tmp_path / "trace"),
         MOE_NATIVE_OVERFLOW="wait",
     )
     said = [line for line in answer["log"].splitlines() if "moe_native:" in line]
     assert len(said) == 1 and "MOE_NATIVE_OVERFLOW is 'wait': use drop or block" in said[0]
-    assert len(answer["requests"][0]["generated"]) == MAX_TOKENS
+    assert len(answer["calls"][0][0]["generated"]) == MAX_TOKENS
     assert not (tmp_path / "trace").exists()
-
-
-IN_THIS_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # starts in a third of the time
-
-
-def unusual(engine: Engine, checkpoint: Path, path: Path, environment: dict[str, str], **arguments: Any) -> Recorded:
-    """An engine in one process, eager, with long prompts in chunks."""
-    work = job(
-        checkpoint,
-        enforce_eager=True,
-        distributed_executor_backend="uni",
-        block_size=32,
-        max_num_batched_tokens=32,
-        additional_config={"moe_native": {"trace": str(path), "fields": "ids,tokens"}},
-        **arguments,
-    )
-    work |= {"prompts": [prompt + " There are many." * 12 for prompt in PROMPTS], "max_tokens": 24, "inspect": False}
-    return Recorded(path, engine(work, **IN_THIS_PROCESS, **environment))
-
-
-def check_rows_and_flags(recorded: Recorded) -> int:
-    """The last row of a position holds the token that counted, and exactly the repeats are marked. Returns how many."""
-    repeated = 0
-    for request in recorded.requests:
-        rows = recorded.trace.request(request["id"])
-        tokens = [*request["prompt"], *request["generated"]]
-        seen: dict[int, int] = {}
-        for position, token, flag in zip(
-            rows.positions.tolist(), rows.tokens.tolist(), rows.flags.tolist(), strict=True
-        ):
-            assert flag & RECOMPUTED == (position in seen)
-            repeated += flag & RECOMPUTED
-            seen[position] = token
-        executed = len(recorded.executed(request))
-        assert [seen[position] for position in range(executed)] == tokens[:executed]
-    return repeated
-
-
-def test_preempted_requests_are_recorded_again_and_marked(engine: Engine, checkpoint: Path, tmp_path: Path) -> None:
-    # Room for 9 blocks of 32 tokens, where four requests need 12 or more.
-    recorded = unusual(engine, checkpoint, tmp_path / "trace", {}, num_gpu_blocks_override=10)
-    assert recorded.trace.complete
-    assert check_rows_and_flags(recorded) > 0
-    executed = sum(len(recorded.executed(request)) for request in recorded.requests)
-    assert recorded.trace.rows > executed
-
-
-def test_speculative_decoding_records_drafts_at_their_positions(
-    engine: Engine, checkpoint: Path, tmp_path: Path
-) -> None:
-    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    recorded = unusual(engine, checkpoint, tmp_path / "trace", {}, speculative_config=ngram)
-    assert recorded.trace.complete
-    repeated = check_rows_and_flags(recorded)
-    rejected = 0
-    for request in recorded.requests:
-        rows = recorded.trace.request(request["id"])
-        order = rows.positions.tolist()
-        for number, (position, flag) in enumerate(zip(order, rows.flags.tolist(), strict=True)):
-            # A rejected draft's position is executed again, except behind the end of the request.
-            if position < len(recorded.executed(request)):
-                assert bool(flag & REJECTED) == (position in order[number + 1 :])
-            rejected += bool(flag & REJECTED)
-    assert rejected >= repeated > 0
-
-
-def test_the_newer_runner_and_vllms_own_routed_experts(engine: Engine, checkpoint: Path, tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="vLLM's newer model runner needs Triton")
-    shim = str(Path(__file__).with_name("triton_on_cpu"))
-    environment = {
-        "VLLM_USE_V2_MODEL_RUNNER": "1",
-        "PYTHONPATH": os.pathsep.join([shim, os.environ.get("PYTHONPATH", "")]),
-    }
-    arguments = {"enable_return_routed_experts": True, "enable_prefix_caching": True}
-    recorded = unusual(engine, checkpoint, tmp_path / "trace", environment, **arguments)
-    assert recorded.answer["runner"] == "vllm.v1.worker.cpu.model_runner"
-    assert recorded.trace.complete
-    assert check_rows_and_flags(recorded) == 0
-    for request in recorded.requests:
-        rows = recorded.trace.request(request["id"]).layer(range(LAYERS))
-        theirs = np.asarray(request["routed"])
-        assert theirs.shape == (len(recorded.executed(request)), LAYERS, TOP_K)
-        assert np.array_equal(np.sort(rows.ids.astype(np.int64), axis=-1), np.sort(theirs[rows.positions], axis=-1))
