@@ -15,15 +15,15 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_native.recorder import Recorder
-from moe_native.runs import DRAFT, FLAGS, MODALITIES, RECOMPUTED, RUN_DTYPE, UNKNOWN, row_class
+from moe_native.runs import DRAFT, FLAGS, RECOMPUTED, RUN_DTYPE, UNKNOWN, row_class
 from moe_native.vllm.drafts import DraftFates, Drafts
+from moe_native.vllm.media import MediaSpan, media_spans
 from moe_native.vllm.prefix import BlockOwners, CachedSpan
 
 log = logging.getLogger("moe_native")
@@ -35,8 +35,6 @@ _PHASE_BITS = 3
 _SUFFIX = re.compile(r"-[0-9a-f]{8}$")
 
 Ints = npt.NDArray[np.int64]
-# Prompt positions that are not text: (first, one past the last, modality's name).
-MediaSpan = tuple[int, int, str]
 
 
 def external_id(internal: str) -> str:
@@ -202,12 +200,15 @@ class Steps:
                 out.append(run)
                 continue
             request, first, count = run[:3]
-            prompt, media = int(self._prompt[slot]), self._media.get(slot, [])
+            end, prompt = first + count, int(self._prompt[slot])
             lowest, executed = int(self._lowest[slot]), int(self._executed[slot])
+            media = [span for span in self._media.get(slot, ()) if span[0] < end and first < span[1]]
             edges = {prompt, lowest, executed, draft, *(edge for span in media for edge in span[:2])}
-            points = [first, *sorted(edge for edge in edges if first < edge < first + count), first + count]
+            points = [first, *sorted(edge for edge in edges if first < edge < end), end]
             for start, stop in itertools.pairwise(points):
-                modality = next((name for low, high, name in media if low <= start < high), "text")
+                while media and media[0][1] <= start:
+                    del media[0]
+                modality = media[0][2] if media and media[0][0] <= start else "text"
                 phase = "unknown" if prompt < 0 else "prefill" if start < prompt else "decode"
                 cls, flags = row_class(phase, modality, True), 0
                 if lowest <= start < executed:
@@ -240,9 +241,11 @@ class Steps:
         elif self._prompt[slot] != prompt:  # a session's prompt that has grown
             self._prompt[slot] = prompt
             self._recorder.request(self._names[data.req_id], internal=data.req_id, prompt_len=prompt)
-        media = list(_media(getattr(data, "mm_features", None) or ()))
-        if media:
+        media = media_spans(getattr(data, "mm_features", None) or ())
+        if media and media != self._media.get(slot):
             self._media[slot] = media
+            noted = [[low, high - low, modality] for low, high, modality in media]
+            self._recorder.request(self._names[data.req_id], media=noted)
         return first_seen
 
     def _follow_blocks(self, owners: BlockOwners, scheduler_output: Any) -> None:
@@ -308,12 +311,3 @@ def _array(source: Any) -> npt.NDArray[Any]:
         tensor = source
     array: npt.NDArray[Any] = tensor.numpy()
     return array
-
-
-def _media(features: Iterable[Any]) -> Iterable[MediaSpan]:
-    """What is not text in a prompt, from its multi-modal features. Modalities that the format does not know are
-    `unknown`."""
-    for feature in features:
-        place = feature.mm_position
-        modality = feature.modality if feature.modality in MODALITIES else "unknown"
-        yield int(place.offset), int(place.offset + place.length), modality

@@ -152,13 +152,15 @@ def smallest_share(model: Qwen2MoeForCausalLM, tokens: torch.Tensor) -> float:
     return min(shares)
 
 
-def make(directory: str | Path, *, layers: int = 24, experts: int = 60, seed: int = 1234) -> dict[int, list[int]]:
+def make(
+    directory: str | Path, *, layers: int = 24, experts: int = 60, hidden: int = 64, seed: int = 1234
+) -> dict[int, list[int]]:
     """Writes the checkpoint, its tokenizer and `expected_top3.json`; returns the expected top-3, layer by layer."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer, layers=layers, experts=experts, seed=seed)
+    model = make_model(tokenizer, layers=layers, experts=experts, hidden=hidden, seed=seed)
     expected = {layer: favoured(layer, experts) for layer in range(layers)}
     tokenizer.save_pretrained(directory)
     model.save_pretrained(directory)

@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace, trace: str | None) -> dict[str, float]:
     environment["VLLM_LOGGING_LEVEL"] = "ERROR"
     environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `pause` travels to the worker
     if trace is not None:
-        environment["MOE_NATIVE_TRACE"] = trace
+        environment |= {"MOE_NATIVE_TRACE": trace, "MOE_NATIVE_FIELDS": arguments.fields}
     command = [sys.executable, __file__, "--measure", arguments.model, "--requests", str(arguments.requests)]
     command += ["--eager"] if arguments.eager else []
     command += ["--tokens", str(arguments.tokens), "--repeats", str(arguments.repeats)]
@@ -81,7 +81,9 @@ def describe(ratios: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", metavar="MODEL", help=argparse.SUPPRESS)
-    parser.add_argument("--model", help="a checkpoint; the demo's small one is made when this is not given")
+    parser.add_argument("--model", help="a checkpoint; one like the demo's is made when this is not given")
+    parser.add_argument("--hidden", type=int, default=512, help="of that one; 512 makes a step of 20 ms or more")
+    parser.add_argument("--fields", default="ids,weights")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--requests", type=int, default=16)
@@ -97,7 +99,7 @@ def main() -> None:
             import tiny_moe
 
             arguments.model = str(Path(directory) / "model")
-            tiny_moe.make(arguments.model)
+            tiny_moe.make(arguments.model, hidden=arguments.hidden)
         batches: dict[str, list[float]] = {"off": [], "on": [], "paused": []}
         for pair in range(arguments.pairs):
             order = [None, str(Path(directory) / "trace")]
@@ -106,7 +108,8 @@ def main() -> None:
                     batches[mode].append(seconds)
             off, on, paused = (batches[mode][-1] for mode in ("off", "on", "paused"))
             print(f"pair {pair + 1}: off {off:.3f} s, on {on:.3f} s, paused {paused:.3f} s a batch", flush=True)
-    print(f"\nvLLM, {arguments.requests} requests of {arguments.tokens} tokens, ids and weights recorded")
+    kind = "eager" if arguments.eager else "compiled"
+    print(f"\nvLLM, {kind}, {arguments.requests} requests of {arguments.tokens} tokens, {arguments.fields} recorded")
     for mode, name in (("off", "recording off"), ("on", "recording on"), ("paused", "the same, paused")):
         print(f"  {name:18}{statistics.median(batches[mode]) * 1e3 / arguments.tokens:8.2f} ms a step")
     for base, name in (("off", "on / off, processes"), ("paused", "on / paused, within a process")):

@@ -286,6 +286,7 @@ def test_image_positions_of_a_prompt_have_their_modality(engine: Engine) -> None
         ("a", 7, 1, PREFILL, 0),
         ("a", 8, 1, DECODE, 0),
     ]
+    assert engine.recorder.info["a"]["media"] == [[2, 3, "image"], [6, 1, "unknown"]]
 
 
 def test_a_request_that_was_there_before_has_no_phase(engine: Engine) -> None:

@@ -3,13 +3,20 @@
 JOB is JSON: `engine` (arguments of LLM) and `calls`, a list of what is asked of it one after the other: `prompts`, and
 arguments of SamplingParams; with `abort_after` these requests are aborted after so many steps; with `embed` they are
 embedded. What came out is written to the file ANSWER, a list a call.
+
+`faults`, of a job or of a call, names functions of ours (`module:Class.function`) that raise meanwhile, in this
+process; `disk` stands for a disk that takes nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import itertools
 import json
+import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +91,36 @@ def abort(llm: Any, prompts: list[Any], sampling: dict[str, Any], abort_after: i
     raise AssertionError
 
 
+@contextlib.contextmanager
+def broken(faults: list[str]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for fault in faults:
+            if fault == "disk":
+                limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+                stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, limit)
+                continue
+            module, _, path = fault.partition(":")
+            *owners, name = path.split(".")
+            owner = importlib.import_module(module)
+            for each in owners:
+                owner = getattr(owner, each)
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, fail)
+        yield
+
+
+def fail(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("a fault that the test has put in")
+
+
 def answer_to(llm: Any, call: dict[str, Any]) -> list[dict[str, Any]]:
     sampling = dict(call)
+    with broken(sampling.pop("faults", [])):
+        return ask(llm, sampling)
+
+
+def ask(llm: Any, sampling: dict[str, Any]) -> list[dict[str, Any]]:
     prompts = sampling.pop("prompts")
     if sampling.pop("embed", False):
         return embed(llm, prompts)
@@ -97,7 +132,12 @@ def main() -> None:
     job, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
     from vllm import LLM
 
-    llm = LLM(**job["engine"])
+    with contextlib.ExitStack() as whole_life:
+        whole_life.enter_context(broken(job.get("faults", [])))
+        run(LLM(**job["engine"]), job, answer)
+
+
+def run(llm: Any, job: dict[str, Any], answer: Path) -> None:
     written: dict[str, Any] = {"calls": [answer_to(llm, call) for call in job["calls"]]}
     if job.get("inspect"):
         written["hooks"] = llm.collective_rpc(hooks_of_worker)
