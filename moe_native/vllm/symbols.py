@@ -218,10 +218,13 @@ SAMPLED = Symbols(
     why="which drafts were accepted",
 )
 FEATURE = Symbols(
-    "vllm.multimodal.inputs:MultiModalFeatureSpec", ("modality", "mm_position"), by="steps", why="the modality of rows"
+    "vllm.multimodal.inputs:MultiModalFeatureSpec", ("modality", "mm_position"), by="media", why="the modality of rows"
 )
 PLACEHOLDER = Symbols(
-    "vllm.multimodal.inputs:PlaceholderRange", ("offset", "length"), by="steps", why="the modality of rows"
+    "vllm.multimodal.inputs:PlaceholderRange",
+    ("offset", "length", "is_embed"),
+    by="media",
+    why="the modality of rows",
 )
 REQUEST_ID = Symbols(
     "vllm.v1.engine.input_processor:InputProcessor",
