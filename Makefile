@@ -2,6 +2,8 @@
 #
 #   make demo          record a small model in vLLM, summarise it, draw the histogram (MODEL=... for another model)
 #   make test          every test, C++ and Python, vLLM included
+#   make contract      every version of vLLM from 0.26 to 0.33 has what we rely on (downloads 1.2 GB, keeps the sources; VLLM=... for one)
+#   make test-vllm VLLM=0.30.0    the tests that hold for any version of vLLM, with this one (PYTEST=... for others)
 #   make bench         what recording costs
 #   make wheel         both wheels, each proved in an empty environment
 #   make lint          ruff, mypy, clang-format
@@ -16,7 +18,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc moe_native python/moe
              -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 CPP     := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cc')
 
-.PHONY: demo test test-cpp test-python bench wheel lint format clean
+.PHONY: demo test test-cpp test-python test-vllm contract bench wheel lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -35,6 +37,12 @@ test-cpp: $(VENV)/tools
 # From tests/, so that Python imports what is installed and not this checkout.
 test-python: $(VENV)/installed $(VENV)/tools
 	cd tests && ../$(PY) -m pytest python $(PYTEST)
+
+test-vllm: $(VENV)/installed $(VENV)/tools
+	PYTHON='$(CURDIR)/$(PY)' .ci/other-vllm $(VLLM) $(PYTEST)
+
+contract: $(VENV)/installed
+	$(PY) tests/contract/check.py $(VLLM)
 
 bench: $(VENV)/installed $(VENV)/tools
 	cd tests && ../$(PY) -m pytest benchmarks --benchmark-disable-gc --benchmark-warmup=on \

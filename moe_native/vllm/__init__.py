@@ -1,4 +1,4 @@
 """Recording inside vLLM: `plugin` is the entry point, `worker` follows one worker's life, `routers` hooks the model,
-`steps` says whose row is whose."""
+`steps` says whose row is whose, `symbols` lists what of vLLM is relied on, `probe` asks whether it is there."""
 
 KEY = "moe_native"  #: our part of vLLM's additional config

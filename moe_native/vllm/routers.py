@@ -17,6 +17,8 @@ import torch
 from moe_native import ops
 from moe_native.modules import layer_number
 from moe_native.recorder import Recorder
+from moe_native.vllm.probe import UnknownVLLM, require
+from moe_native.vllm.symbols import ROUTER
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def _geometry(module: torch.nn.Module, router: Any) -> tuple[int, int]:
     """Number of legal expert ids (fused shared experts included) and ids per row; 0 where unknown."""
     config = getattr(module, "moe_config", None)
     experts = getattr(config, "num_logical_experts", 0) or getattr(router, "global_num_experts", 0)
-    shared = getattr(getattr(module, "routed_experts", module), "num_fused_shared_experts", 0)
+    experts_map = getattr(getattr(module, "routed_experts", None), "expert_map_manager", None)
+    shared = getattr(experts_map, "num_fused_shared_experts", 0)
     top_k = getattr(router, "top_k", 0) or getattr(config, "experts_per_token", 0)
     return int(experts or 0) + int(shared or 0), int(top_k or 0)
 
@@ -77,6 +80,10 @@ def _obstacle(module: torch.nn.Module, router: Any, device: torch.device | None)
         return f"the kernel {type(kernel).__name__} routes by itself: no ids or weights are seen outside of it"
     if not hasattr(router, "_compute_routing"):
         return f"{type(router or module).__name__} routes in a way that is not known here"
+    try:
+        require(router, ROUTER)
+    except UnknownVLLM as unknown:
+        return str(unknown)
     if hasattr(router, "zero_expert_type"):
         return f"{type(router).__name__} turns the ids of zero experts into expert 0 before they can be seen"
     return ""
@@ -115,10 +122,15 @@ def _hook(router: Any, binding: int) -> None:
     def _compute_routing(
         hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, ids = compute(hidden_states, router_logits, *args, **kwargs)
+        chosen = compute(hidden_states, router_logits, *args, **kwargs)
+        if (
+            not isinstance(chosen, tuple) or len(chosen) != 2
+        ):  # not as it is known here: the trace shows that this layer has no rows
+            return chosen
+        weights, ids = chosen
         # vLLM's Transformers backend passes the chosen weights where logits are expected: k of them.
         logits = router_logits if router_logits.shape[-1] != ids.shape[-1] else None
         record(state, ids, weights, logits, hidden_states, binding)
-        return weights, ids
+        return chosen
 
     router._compute_routing = _compute_routing

@@ -107,23 +107,26 @@ class Steps:
         self.abort()
 
     def end(self, scheduler_output: Any) -> bool:
-        """Commit the step. True; a step that the recorder could not keep is counted there."""
+        """Commit the step. True; a step that the recorder could not keep is counted there.
+
+        Raises:
+            Exception: the rows cannot be told apart. The step is still open: `end_as_nobodys`.
+        """
         requests, positions, tokens = self._view(scheduler_output)
         counts = self._counts(requests, scheduler_output.num_scheduled_tokens)
         ends = counts.cumsum()
         rows = scheduler_output.total_num_scheduled_tokens
+        if counts.sum() != rows:
+            raise ValueError(f"the batch's requests have {counts.sum()} rows, the step has {rows}")
+        first = positions[ends - counts]
         drafts: dict[str, Drafts] = {}
-        if not requests or ends[-1] != rows:  # rows that we cannot tell apart are nobody's, rather than somebody else's
-            runs = np.array([(UNKNOWN, UNKNOWN, rows, 0, 0)], RUN_DTYPE)
-        else:
-            first = positions[ends - counts]
-            speculated = getattr(scheduler_output, "scheduled_spec_decode_tokens", None) or {}
-            if speculated:
-                drafts = self._drafts(requests, first.tolist(), ends.tolist(), counts.tolist(), speculated)
-            if self._fates:
-                for request, position in zip(requests, first.tolist(), strict=True):
-                    self._fates.continued(request, position)
-            runs = self._runs(requests, first, counts, drafts)
+        speculated = getattr(scheduler_output, "scheduled_spec_decode_tokens", None) or {}
+        if speculated:
+            drafts = self._drafts(requests, first.tolist(), ends.tolist(), counts.tolist(), speculated)
+        if self._fates:
+            for request, position in zip(requests, first.tolist(), strict=True):
+                self._fates.continued(request, position)
+        runs = self._runs(requests, first, counts, drafts)
         if self._forward is not None:
             runs, tokens = self._forward.cut(runs, tokens)
         if self._recorder.end_step(runs, tokens=tokens):
@@ -131,6 +134,15 @@ class Steps:
                 self._fates.executed(request, of_request)
         else:
             self._fates.missed()
+        return True
+
+    def end_as_nobodys(self, scheduler_output: Any) -> bool:
+        """Commit the step after `end` raised: rows that we cannot tell apart are nobody's, rather than somebody
+        else's. True."""
+        self._fates.missed()
+        rows = scheduler_output.total_num_scheduled_tokens
+        runs = np.array([(UNKNOWN, UNKNOWN, rows, 0, 0)], RUN_DTYPE)
+        self._recorder.end_step(runs if self._forward is None else self._forward.cut(runs, None)[0])
         return True
 
     def sampled(self, output: Any) -> None:

@@ -12,6 +12,7 @@ Whatever goes wrong here is caught, counted, said once in the log, and the engin
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -19,7 +20,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moe_native.config import Config, ConfigError
-from moe_native.vllm import KEY
+from moe_native.vllm import KEY, symbols
+from moe_native.vllm.probe import UnknownVLLM, require
 
 if TYPE_CHECKING:
     from moe_native.recorder import Recorder
@@ -37,9 +39,12 @@ def follow(worker: Any) -> None:
         config = Config.parse(os.environ, _take_settings(worker.vllm_config))
         if config.trace is not None:
             _log_where_vllm_logs()
+            require(worker, symbols.WORKER)
             WorkerRecording(worker, config)
     except ConfigError as error:
         log.error("moe_native: nothing is recorded: %s", error)
+    except UnknownVLLM as error:
+        log.error("moe_native: nothing is recorded: %s; vLLM serves on", error)
     except Exception as error:
         log.error("moe_native: nothing is recorded: %s: %s", type(error).__name__, error)
 
@@ -74,6 +79,8 @@ class WorkerRecording:
         self.errors: dict[str, int] = {}
         self._steps: Steps | None = None
         self._armed = False
+        self._warming = False
+        self._probed = False
         self._bound = 0
         self._first_binding = _bindings_in_use
         self._salt()
@@ -114,8 +121,9 @@ class WorkerRecording:
 
     def _compile_or_warm_up_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def compile_or_warm_up_model(*args: Any, **kwargs: Any) -> Any:
-            self._armed = False
+            self._armed, self._warming = False, True
             result = original(*args, **kwargs)
+            self._warming = False
             if self._steps is not None:
                 self._guard("following the prefix cache", self._follow_blocks, self._steps)
                 self._armed = True
@@ -125,6 +133,8 @@ class WorkerRecording:
 
     def _execute_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._probed and not self._warming:
+                self._guard("probing the scheduler's output", self._probe, scheduler_output)
             steps = self._steps
             if not self._armed or steps is None:
                 return original(scheduler_output, *args, **kwargs)
@@ -138,7 +148,11 @@ class WorkerRecording:
                 if opened:
                     self._guard("giving up a step", steps.abort)
                 raise
-            if opened and not self._guard("closing a step", steps.end, scheduler_output):
+            if (
+                opened
+                and not self._guard("telling whose rows are whose", steps.end, scheduler_output)
+                and not self._guard("closing a step", steps.end_as_nobodys, scheduler_output)
+            ):
                 self._guard("giving up a step", steps.abort)
             self._guard("reading the sampler's output", steps.sampled, result)  # older versions return it here
             return result
@@ -169,10 +183,30 @@ class WorkerRecording:
             count = self.errors.get(what, 0)
             self.errors[what] = count + 1
             if count == 0:
-                log.error("moe_native: %s failed: %s: %s (said once)", what, type(error).__name__, error, exc_info=True)
+                self._say_failed(what, error)
             return None
 
+    def _say_failed(self, what: str, error: Exception) -> None:
+        if isinstance(error, UnknownVLLM):
+            log.error("moe_native: nothing is recorded: %s; vLLM serves on", error)
+        else:
+            log.error("moe_native: %s failed: %s: %s (said once)", what, type(error).__name__, error, exc_info=True)
+        if self.recorder is not None:  # now, because this process may be killed
+            with contextlib.suppress(Exception):
+                self.recorder.update_metadata(errors=dict(self.errors))
+
     # What they do.
+
+    def _probe(self, scheduler_output: Any) -> None:
+        """The first step behind the warm-up: is it one that we know?"""
+        self._probed = True
+        steps, self._steps = self._steps, None
+        if steps is None:
+            return
+        if not self._armed:
+            raise UnknownVLLM("this vLLM executes requests though `compile_or_warm_up_model` was not called")
+        require(scheduler_output, symbols.SCHEDULER_OUTPUT)
+        self._steps = steps
 
     def _bind(self) -> None:
         global _bindings_in_use
@@ -185,6 +219,7 @@ class WorkerRecording:
         if not layout.records(parallel):
             return
         runner, placed = self.worker.model_runner, layout.needs_places(parallel)
+        require(runner, symbols.RUNNER if hasattr(runner, "input_batch") else symbols.NEWER_RUNNER)
         model = runner.get_model()
         layers = routers.find(model, self.worker.device)
         obstacle = layout.obstacle(parallel) or (forward.obstacle(model) if placed else "")

@@ -359,7 +359,14 @@ class Rank:
         problems += [
             f"the process died inside step {n} in {self.directory}: its whole layers are kept, as nobody's" for n in cut
         ]
-        return problems
+        return problems + self._failures
+
+    @property
+    def _failures(self) -> list[str]:
+        """What the recording side could not do."""
+        said = self.metadata.get("errors")
+        failures = said.items() if isinstance(said, dict) else ()
+        return [f"{what} failed in {self.directory} ({count(n, 'time')})" for what, n in failures if isinstance(n, int)]
 
     def _why_open(self, segment: Segment) -> str:
         torn = segment.torn_bytes

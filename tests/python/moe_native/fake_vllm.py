@@ -32,7 +32,8 @@ class Runner(torch.nn.Module):
         self.layer_name, self.router = name, router
         self.moe_config = SimpleNamespace(num_logical_experts=8, experts_per_token=2)
         method = SimpleNamespace(is_monolithic=monolithic)
-        self.routed_experts = SimpleNamespace(quant_method=method, num_fused_shared_experts=shared)
+        experts_map = SimpleNamespace(num_fused_shared_experts=shared)
+        self.routed_experts = SimpleNamespace(quant_method=method, expert_map_manager=experts_map)
 
 
 def model(*runners: torch.nn.Module) -> torch.nn.Module:
@@ -59,6 +60,7 @@ class Worker:
             get_model=lambda: self.model,
             input_batch=SimpleNamespace(req_ids=["r-01234567"], num_reqs=1),
             positions=torch.zeros(64, dtype=torch.int64),
+            input_ids=torch.zeros(64, dtype=torch.int32),
             execute_model_state=None,
         )
 
@@ -67,9 +69,9 @@ class Worker:
         self.execute_model(scheduled(0, 64))  # as the newer runner does on a GPU
         return "warm"
 
-    def execute_model(self, output: Any) -> int:
+    def execute_model(self, scheduler_output: Any) -> int:
         self.calls.append("execute_model")
-        rows, first = output.total_num_scheduled_tokens, output.first
+        rows, first = scheduler_output.total_num_scheduled_tokens, scheduler_output.first
         self.model_runner.positions[:rows] = torch.arange(first, first + rows)
         for runner in list(self.model)[1:]:
             runner.router.select_experts(torch.randn(rows, 4), torch.randn(rows, 8))

@@ -17,7 +17,7 @@ from moe_native.vllm import plugin
 DIFFERENCES = """
 import json, sys
 import vllm.v1.worker.cpu_worker, vllm.v1.worker.gpu_model_runner, vllm.v1.engine.core
-import vllm.model_executor.layers.fused_moe.layer, vllm.model_executor.layers.fused_moe.router.cpu_router
+import vllm.model_executor.layers.fused_moe.layer, vllm.model_executor.layers.fused_moe.router.base_router
 from moe_native.vllm import plugin
 
 def attributes():

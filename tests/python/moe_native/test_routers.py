@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import moe_native
 import moe_trace
 from moe_native.modules import layer_number
 from moe_native.vllm import routers
+from moe_native.vllm.probe import require
+from moe_native.vllm.symbols import ROUTER
 
 
 def test_layers_are_found_in_module_order_with_their_own_numbers() -> None:
@@ -47,6 +50,11 @@ class ZeroExperts(Router):
     zero_expert_type = "identity"
 
 
+class OtherArguments(Router):
+    def _compute_routing(self, logits: torch.Tensor, hidden: torch.Tensor) -> Any:  # type: ignore[override]
+        return super()._compute_routing(hidden, logits, None)
+
+
 class FusedKernel(torch.nn.Module):
     """As a module of vLLM with a fused kernel of its own."""
 
@@ -60,6 +68,11 @@ class FusedKernel(torch.nn.Module):
         (Runner("layers.0.mlp", Router()), "cuda", "runs on cuda: this version records on CPU only"),
         (Runner("layers.0.mlp", WithoutRouting()), "cpu", "WithoutRouting routes in a way"),
         (Runner("layers.0.mlp", ZeroExperts()), "cpu", "zero experts"),
+        (
+            Runner("layers.0.mlp", OtherArguments()),
+            "cpu",
+            "no _compute_routing(hidden_states, router_logits) (the hook",
+        ),
         (FusedKernel(), "cpu", "FusedKernel routes in a way"),
     ],
 )
@@ -124,6 +137,36 @@ def test_weights_in_the_place_of_logits_are_not_taken_for_them(tmp_path: Path) -
         _ = trace.layer(0).logits
 
 
+class ThreeResults(Router):
+    """As a vLLM to come might do it."""
+
+    def _compute_routing(self, hidden_states: torch.Tensor, router_logits: torch.Tensor, *_: Any, **__: Any) -> Any:
+        weights, ids = super()._compute_routing(hidden_states, router_logits, None)
+        return weights, ids, "and more"
+
+
+class OtherOrder(Router):
+    def _compute_routing(self, hidden_states: torch.Tensor, router_logits: torch.Tensor, *_: Any, **__: Any) -> Any:
+        weights, ids = super()._compute_routing(hidden_states, router_logits, None)
+        return ids, weights
+
+
+@pytest.mark.parametrize("kind", [ThreeResults, OtherOrder])
+def test_results_that_are_not_known_are_passed_on_and_the_layer_is_a_hole(kind: type[Router], tmp_path: Path) -> None:
+    router = kind()
+    found = routers.find(model(Runner("layers.0.mlp", router)), torch.device("cpu"))
+    hidden, logits = torch.randn(3, 4), torch.randn(3, 8)
+    with moe_native.Recorder(tmp_path) as recorder:
+        routers.bind(found, recorder, 0)
+        with recorder.step(rows=3):
+            results = router.select_experts(hidden, logits)
+    expected = kind().select_experts(hidden, logits)
+    assert len(results) == len(expected) and torch.equal(results[0], expected[0])
+    trace = moe_trace.open(tmp_path)
+    assert not trace.complete and trace.stats() == {}
+    assert sum(loss.layers for loss in trace.losses.values()) == 1
+
+
 def test_bindings_that_the_compile_cache_was_not_keyed_for_are_not_hooked(tmp_path: Path) -> None:
     router = Router()
     found = routers.find(model(Runner("layers.0.mlp", router)), torch.device("cpu"))
@@ -148,12 +191,12 @@ def test_layer_numbers(name: str, number: int) -> None:
 
 
 def test_real_vllm_routers_have_what_the_hook_needs() -> None:
-    base = pytest.importorskip(
-        "vllm.model_executor.layers.fused_moe.router.base_router", reason="vLLM is not installed here"
+    cpu_router = pytest.importorskip(
+        "vllm.model_executor.layers.fused_moe.router.cpu_router",
+        reason="vLLM is not installed here, or it is one whose CPU kernels route by themselves",
+        exc_type=ImportError,
     )
-    assert callable(base.BaseRouter._compute_routing)
-    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
-
-    router = CPURouter(top_k=2, global_num_experts=8)
+    router = cpu_router.CPURouter(top_k=2, global_num_experts=8)
+    require(router, ROUTER)
     weights, ids = router._compute_routing(torch.randn(3, 4), torch.randn(3, 8), None)
     assert weights.shape == ids.shape == (3, 2)

@@ -353,7 +353,10 @@ def test_rows_that_do_not_add_up_are_nobodys(engine: Engine) -> None:
     output = SimpleNamespace(
         finished_req_ids=set(), scheduled_new_reqs=[], num_scheduled_tokens={A: 1}, total_num_scheduled_tokens=5
     )
-    assert engine.steps.begin(output) and engine.steps.end(output)
+    assert engine.steps.begin(output)
+    with pytest.raises(ValueError, match="the batch's requests have 1 rows, the step has 5"):
+        engine.steps.end(output)
+    assert engine.steps.end_as_nobodys(output)
     assert engine.recorder.steps[-1] == [(None, UNKNOWN, 5, 0, 0)]
 
 

@@ -126,14 +126,136 @@ def test_our_own_failure_in_a_step_is_counted_and_said_once(
     with monkeypatch.context() as broken:
         broken.setattr(Steps, what, failing)
         assert [made.execute_model(scheduled(0, 5, prompt=5)) for _ in range(3)] == [5, 5, 5]
+        assert sum(moe_trace.open(trace).metadata["errors"].values()) == 1  # said at once: the process may be killed
     assert made.execute_model(scheduled(5, 2)) == 2
     made.shutdown()
     read = moe_trace.open(trace)
-    assert read.rows == 2
-    assert sum(read.metadata["errors"].values()) == 3
+    assert read.request("r").rows == 2
+    assert read.rows == (2 if what == "begin" else 17)  # the others are nobody's
+    assert list(read.metadata["errors"].values()) == [3]
+    assert [problem for problem in read.problems if "failed in" in problem and "3 times" in problem] == read.problems
     assert sum("a fault of ours" in record.getMessage() for record in caplog.records) == 1
-    assert read.losses["aborted"].steps == 3
-    assert read.step_numbers.tolist() == [3, 3]  # other ranks have counted them as well
+    if what == "begin":
+        assert read.losses["aborted"].steps == 3
+    assert read.request("r").step_numbers.tolist() == [3, 3]  # other ranks have counted the steps before as well
+
+
+def test_a_step_that_cannot_even_be_closed_is_given_up(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = started()
+    with monkeypatch.context() as broken:
+        broken.setattr(Steps, "end", failing)
+        broken.setattr(Steps, "end_as_nobodys", failing)
+        assert [made.execute_model(scheduled(0, 5, prompt=5)) for _ in range(3)] == [5, 5, 5]
+    made.execute_model(scheduled(5, 2))
+    made.shutdown()
+    read = moe_trace.open(trace)
+    assert read.rows == 2 and read.losses["aborted"].steps == 3
+
+
+# A vLLM that is not known: nothing is recorded that is not sure, it is said once, and the engine serves on.
+
+
+class WithoutWarmUp(Worker):
+    compile_or_warm_up_model = property()  # type: ignore[assignment]
+
+
+class OtherArguments(Worker):
+    def execute_model(self, batch: Any, output: Any = None) -> int:  # type: ignore[override]
+        return super().execute_model(batch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lacks"),
+    [(WithoutWarmUp, "compile_or_warm_up_model"), (OtherArguments, "execute_model(scheduler_output)")],
+)
+def test_a_worker_of_another_shape_is_not_touched(
+    kind: type[Worker], lacks: str, trace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = kind()
+    attributes = set(vars(made))
+    worker.follow(made)
+    made.load_model()
+    assert [made.execute_model(scheduled(0, 5, prompt=5)) for _ in range(2)] == [5, 5]
+    assert set(vars(made)) - attributes == {"model"} and not made.vllm_config.additional_config
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "nothing is recorded" in said and f"it has no {lacks} (" in said and said.endswith("; vLLM serves on")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("lacks", [("positions",), ("get_model",), ("execute_model_state", "input_batch")])
+def test_a_runner_of_another_shape_is_not_bound(
+    lacks: tuple[str, ...], trace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Future(Worker):
+        def load_model(self) -> None:
+            super().load_model()
+            for name in lacks:
+                delattr(self.model_runner, name)
+
+    made = Future()
+    worker.follow(made)
+    made.load_model()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and "nothing is recorded" in said[0]
+    assert f"it has no {lacks[0]} (" in said[0]
+    assert not any("_compute_routing" in vars(layer.router) for layer in list(made.model)[1:])
+    assert not trace.exists()
+
+
+def test_a_scheduler_whose_output_is_not_known_ends_the_recording(
+    trace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = started()
+    for first in range(3):
+        output = scheduled(first, 1, prompt=5)
+        output.tokens_by_request = output.num_scheduled_tokens
+        del output.num_scheduled_tokens
+        assert made.execute_model(output) == 1
+    assert made.execute_model(scheduled(3, 1)) == 1
+    made.shutdown()
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(said) == 1 and "nothing is recorded" in said[0] and "num_scheduled_tokens" in said[0]
+    read = moe_trace.open(trace)
+    assert read.rows == 0 and len(read.problems) == 1 and "scheduler's output" in read.problems[0]
+
+
+def test_requests_that_come_without_a_warm_up_are_not_recorded(trace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = Worker()
+    worker.follow(made)
+    made.load_model()
+    assert made.execute_model(scheduled(0, 5, prompt=5)) == 5  # may be somebody's, may be a warm-up of another name
+    assert made.compile_or_warm_up_model() == "warm"
+    assert made.execute_model(scheduled(5, 1)) == 1
+    made.shutdown()
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(said) == 1 and "compile_or_warm_up_model" in said[0]
+    assert moe_trace.open(trace).rows == 0
+
+
+def test_rows_of_a_batch_that_cannot_be_read_are_nobodys(trace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = started()
+    made.execute_model(scheduled(0, 5, prompt=5))
+    # As in the newer runner, whose batch is there only after a step; of this one the positions are not known.
+    batch = SimpleNamespace(req_ids=["r-01234567"], num_reqs=1)
+    made.model_runner.execute_model_state = SimpleNamespace(input_batch=batch)
+    assert [made.execute_model(scheduled(n, 1)) for n in (5, 6)] == [1, 1]
+    made.model_runner.execute_model_state = None
+    made.execute_model(scheduled(7, 1))
+    made.shutdown()
+    read = moe_trace.open(trace)
+    assert read.rows == 8 and read.request("r").positions.tolist() == [0, 1, 2, 3, 4, 7]
+    assert read.metadata["errors"] == {"telling whose rows are whose": 2}
+    assert sum("telling whose rows are whose failed" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_second_warm_up_is_not_recorded(trace: Path) -> None:
+    """As vLLM's elastic expert parallelism does it, in the middle of serving."""
+    made = started()
+    made.execute_model(scheduled(0, 5, prompt=5))
+    made.compile_or_warm_up_model()
+    made.execute_model(scheduled(5, 1))
+    made.shutdown()
+    assert moe_trace.open(trace).rows == 6
 
 
 def test_a_trace_that_cannot_be_made_does_not_stop_the_worker(
