@@ -58,10 +58,25 @@ int StepRecorder::bind(uint16_t layer, uint32_t experts, uint32_t k, bool enable
   return index;
 }
 
+void StepRecorder::configure(uint32_t fields, bool counted) noexcept {
+  for (Binding* b : bindings_) {  // a guess until the first record, as in bind()
+    if ((fields & ~fields_ & kFieldLogits) != 0) b->row_bytes += b->experts * 4;
+  }
+  fields_ = fields;
+  counted_ = counted;
+}
+
+void StepRecorder::enable(Binding& b, bool enabled) noexcept { b.enabled.store(enabled, std::memory_order_relaxed); }
+
 Begun StepRecorder::begin_step(std::span<const RowSpan> spans) noexcept {
   if (closed_.load(std::memory_order_relaxed)) return Begun::kPaused;
   if (step_open()) return Begun::kNested;
-  if (paused_) return Begun::kPaused;
+  if (paused()) {
+    uint64_t rows = 0;
+    for (const RowSpan& span : spans) rows += static_cast<uint64_t>(span.count);
+    ring_.lose(Loss::kPaused, 1, 0, rows);
+    return Begun::kPaused;
+  }
   try {
     spans_.assign(spans.begin(), spans.end());
   } catch (...) {
@@ -237,7 +252,7 @@ void StepRecorder::record(Binding& b, const LayerInput& in) noexcept {
     d->logits_width = shape.logits_width;
     d->hidden_width = shape.hidden_width;
     d->runs = d->notes = d->notes_bytes = 0;
-    d->flags = streamed_ ? kStepStreamed : 0;
+    d->flags = (streamed_ ? kStepStreamed : 0) | (counted_ ? kStepCounted : 0);
     d->time_ns = step_time_ns_;
 
     std::byte* out = lane.payload(*d);

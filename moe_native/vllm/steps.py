@@ -47,10 +47,9 @@ class Steps:
     Requests live in slots of a few arrays, so that a step is a handful of numpy calls, however many requests it has.
     """
 
-    def __init__(self, recorder: Recorder, runner: Any, *, tokens: bool = False) -> None:
+    def __init__(self, recorder: Recorder, runner: Any) -> None:
         self._recorder = recorder
         self._runner = runner
-        self._tokens = tokens
         self._slots: dict[str, int] = {}  # by vLLM's internal id
         self._names: dict[str, str] = {}  # internal id -> the name it is recorded under
         self._internal: dict[str, str] = {}  # and back, for the names in use
@@ -113,7 +112,7 @@ class Steps:
         else:
             batch, source = runner.input_batch, runner
         positions = _array(source.positions)
-        tokens = _array(source.input_ids)[:rows] if self._tokens else None
+        tokens = _array(source.input_ids)[:rows] if "tokens" in self._recorder.fields else None
         return list(batch.req_ids[: batch.num_reqs]), positions, tokens
 
     @staticmethod

@@ -66,7 +66,8 @@ class WorkerRecording:
 
     def __init__(self, worker: Any, config: Config) -> None:
         self.worker = worker
-        worker.moe_native = self  # for `collective_rpc`
+        worker.moe_native = self
+        worker.moe_native_ctl = self.control  # for `collective_rpc`
         self.config = config
         self.recorder: Recorder | None = None
         self.errors: dict[str, int] = {}
@@ -97,6 +98,12 @@ class WorkerRecording:
             raise ConfigError(f"the additional config is a {kind}, not a dict: the compile cache cannot be marked")
         # Graphs hold binding indices: a second engine of this process has others, and so needs graphs of its own.
         vllm_config.additional_config = {**additional, KEY: {"salt": ops.SCHEMA_VERSION, "first": self._first_binding}}
+
+    def control(self, command: str = "status", arguments: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """A command to this worker's recorder, as `moe_native.control` has them; None where there is no recorder."""
+        from moe_native.control import obey
+
+        return None if self.recorder is None else obey(self.recorder, command, arguments)
 
     # The wrappers.
 
@@ -184,7 +191,7 @@ class WorkerRecording:
         self.recorder = recorder
         self._say(layers)
         if self._bound:
-            self._steps = Steps(recorder, runner, tokens="tokens" in self.config.fields)
+            self._steps = Steps(recorder, runner)
 
     def _say(self, layers: list[Any]) -> None:
         assert self.recorder is not None

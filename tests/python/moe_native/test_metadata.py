@@ -7,10 +7,11 @@ import json
 import pytest
 
 from moe_native.metadata import Metadata
+from moe_native.tier import Tier
 
 
 def test_items_and_the_ledger():
-    metadata = Metadata(("ids",), "float16", {"model": "m", "versions": {"vllm": "0.32"}})
+    metadata = Metadata(Tier(("ids",)), "float16", {"model": "m", "versions": {"vllm": "0.32"}})
     assert not metadata.stale
     metadata.add_layer(3, "layers.3", 60, 4, "exact", "")
     metadata.add_layer(4, "layers.4", 60, 4, "exact", "", every_step=False)
@@ -26,7 +27,7 @@ def test_items_and_the_ledger():
 
 @pytest.mark.parametrize("item", [object(), float("inf"), {1, 2}])
 def test_what_is_no_json_is_refused(item):
-    metadata = Metadata(("ids",), "float16", {})
+    metadata = Metadata(Tier(("ids",)), "float16", {})
     before = metadata.text()
     with pytest.raises((TypeError, ValueError)):
         metadata.merge({"model": "m", "x": item})

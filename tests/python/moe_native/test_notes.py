@@ -9,6 +9,9 @@ import pytest
 
 from moe_native import notes as module
 from moe_native.notes import Notes
+from moe_native.tier import Tier
+
+ALL = Tier(("ids",))
 
 
 def unpacked(notes):
@@ -23,7 +26,7 @@ def unpacked(notes):
 
 
 def test_a_request_is_noted_once_and_again_when_more_is_known():
-    notes = Notes(limit=1 << 20)
+    notes = Notes(1 << 20, ALL)
     assert notes.request("a", {"prompt_len": 5}) == 0
     assert notes.request("b", {}) == 1
     assert notes.request("a", {}) == 0
@@ -41,13 +44,13 @@ def test_a_request_is_noted_once_and_again_when_more_is_known():
 
 
 def test_what_describes_a_request_does_not_replace_its_name():
-    notes = Notes(limit=1 << 20)
+    notes = Notes(1 << 20, ALL)
     notes.request("a", {"type": "chat", "index": 7, "id": "b"})
     assert unpacked(notes.next()) == [(1, 0, {"type": "request", "index": 0, "id": "a"})]
 
 
 def test_undelivered_notes_wait():
-    notes = Notes(limit=1 << 20)
+    notes = Notes(1 << 20, ALL)
     notes.request("a", {})
     first = notes.next()
     assert notes.next() == first
@@ -57,7 +60,7 @@ def test_undelivered_notes_wait():
 
 
 def test_a_step_carries_what_fits():
-    notes = Notes(limit=200)
+    notes = Notes(200, ALL)
     for i in range(10):
         notes.request(f"request-{i}", {})
     seen = []
@@ -70,7 +73,7 @@ def test_a_step_carries_what_fits():
 
 def test_what_no_step_can_carry_is_cut():
     """A note that does not fit would keep every later step out of the ring."""
-    notes = Notes(limit=1000)
+    notes = Notes(1000, ALL)
     notes.request("a", {"prompt": "x" * 1000})
     notes.request("y" * 1000, {})
     assert unpacked(notes.next()) == [
@@ -80,7 +83,7 @@ def test_what_no_step_can_carry_is_cut():
 
 
 def test_an_ended_request_gets_a_new_index():
-    notes = Notes(limit=1 << 20)
+    notes = Notes(1 << 20, ALL)
     notes.request("a", {})
     notes.delivered(len(notes.next()))
     notes.finish("a")
@@ -90,7 +93,7 @@ def test_an_ended_request_gets_a_new_index():
 
 
 def test_requests_that_come_and_go_while_nothing_is_recorded_leave_nothing():
-    notes = Notes(limit=1 << 20)
+    notes = Notes(1 << 20, ALL)
     for i in range(1000):
         notes.request(f"{i}", {})
         notes.finish(f"{i}")
@@ -98,7 +101,7 @@ def test_requests_that_come_and_go_while_nothing_is_recorded_leave_nothing():
 
 
 def test_a_definition_that_still_waits_when_steps_go_on_is_kept():
-    notes = Notes(limit=80)
+    notes = Notes(80, ALL)
     notes.request("a", {})
     notes.request("b", {})
     notes.delivered(len(notes.next()))  # "b" did not fit
@@ -108,7 +111,7 @@ def test_a_definition_that_still_waits_when_steps_go_on_is_kept():
 
 def test_the_oldest_is_forgotten_when_nobody_finishes_any(monkeypatch):
     monkeypatch.setattr(module, "MOST_REQUESTS", 3)
-    notes = Notes(limit=1 << 20)
+    notes = Notes(1 << 20, ALL)
     for name in "abcd":
         notes.request(name, {})
     assert len(notes) == 3
@@ -116,7 +119,7 @@ def test_the_oldest_is_forgotten_when_nobody_finishes_any(monkeypatch):
 
 
 def test_amendments():
-    notes = Notes(limit=1 << 20)
+    notes = Notes(1 << 20, ALL)
     assert not notes.amendments_wait
     notes.amend(7, 2, 3, ["rejected"])
     assert notes.amendments_wait
@@ -129,6 +132,6 @@ def test_amendments():
 
 @pytest.mark.parametrize("name", ["", "täst", 'quote"\n', "x" * 10_000])
 def test_any_name_survives(name):
-    notes = Notes(limit=1 << 20)
+    notes = Notes(1 << 20, ALL)
     notes.request(name, {})
     assert unpacked(notes.next())[0][2]["id"] == name
