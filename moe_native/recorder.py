@@ -199,10 +199,12 @@ class Recorder:
             )
 
     def _adopt_wanted(self) -> None:
+        """Between two steps: before a request of the next one is known, because that decides about it."""
+        if self._wanted is None or self._core.step_open:
+            return
         with self._wanted_lock:
             tier, self._wanted = self._wanted, None
-        if tier is None:
-            return
+        assert tier is not None  # only this thread takes it
         self._tier = self._notes.tier = tier
         self._sampling = self._sampling or tier.sample < 1 or tier.counted
         self._core.configure(tier.bits, tier.counted)
@@ -279,6 +281,7 @@ class Recorder:
     def request(self, id: str, **info: Any) -> int:
         """The index of a request for `runs`. `info` (such as `prompt_len`) travels with the next step; what is given
         again replaces the old."""
+        self._adopt_wanted()
         return self._notes.request(id, info)
 
     def finish(self, id: str) -> None:
@@ -317,8 +320,7 @@ class Recorder:
         Raises:
             RuntimeError: a step is open already.
         """
-        if self._wanted is not None and not self._core.step_open:
-            self._adopt_wanted()
+        self._adopt_wanted()
         if self._metadata.stale:
             try:
                 self._publish_metadata()
@@ -445,6 +447,7 @@ class Recorder:
         prompt_lens: Mapping[str, int],
         modality: str,
     ) -> npt.NDArray[np.void]:
+        self._adopt_wanted()
         rows = len(positions)
         if names is None:
             classes = np.full(rows, row_class("unknown", modality, False), np.uint16)
