@@ -25,7 +25,7 @@ struct StepRecorderTest : testing::Test {
   // steps_begun = steps_committed + lost steps
   void expect_adds_up() const {
     uint64_t lost = 0;
-    for (size_t c = 0; c < kLossCauses; ++c) lost += t.ring.losses(static_cast<Loss>(c)).steps;
+    for (size_t c = 0; c < static_cast<size_t>(Loss::kPaused); ++c) lost += t.ring.losses(static_cast<Loss>(c)).steps;
     EXPECT_EQ(count(kStepsBegun), count(kStepsCommitted) + lost);
   }
 
@@ -148,6 +148,7 @@ TEST_F(StepRecorderTest, PausedStepsAreCountedApartAndHaveNoNumber) {
   EXPECT_EQ(recorder.begin_step({&span, 1}), Begun::kAdmitted);
   recorder.abort_step();
   EXPECT_EQ(count(kStepsBegun), 1u);
+  expect_adds_up();
 }
 
 TEST_F(StepRecorderTest, FieldsAndLayersChangeBetweenSteps) {

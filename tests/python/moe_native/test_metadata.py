@@ -32,3 +32,20 @@ def test_what_is_no_json_is_refused(item):
     with pytest.raises((TypeError, ValueError)):
         metadata.merge({"model": "m", "x": item})
     assert metadata.text() == before
+
+
+def test_a_tier_that_leaves_a_layer_out_makes_it_skipped():
+    metadata = Metadata(Tier(("ids",), frozenset({3})), "float16", {})
+    metadata.add_layer(3, "layers.3", 60, 4, "derived", "from logits")
+    metadata.add_layer(4, "layers.4", 60, 4, "exact", "")
+    metadata.add_layer(5, "layers.5", 0, 0, "missed", "a fused kernel")
+
+    def standing():
+        content = json.loads(metadata.text())
+        return content["fields"], content["sample"], [(line["status"], line["detail"]) for line in content["layers"]]
+
+    skipped, missed = ("skipped", "not among the layers asked for"), ("missed", "a fused kernel")
+    assert standing() == (["ids"], 1.0, [("derived", "from logits"), skipped, missed])
+    metadata.tier(Tier(("counts",), frozenset({4}), 0.5))
+    assert metadata.stale
+    assert standing() == (["counts"], 0.5, [skipped, ("exact", ""), missed])
