@@ -17,6 +17,7 @@ from moe_trace import settings
 from moe_trace.units import format_bytes, parse_bytes
 
 FIELDS = ("ids", "weights", "logits", "hidden", "tokens")
+COUNTS = ("counts",)  # instead of them: statistics and no rows
 _LAYER_LIMIT = 0xFFFF
 
 
@@ -37,6 +38,7 @@ class Config:
     overflow: str = "drop"
     weights_dtype: str = "float16"
     flush_seconds: float = 10.0
+    sample: float = 1.0
 
     @classmethod
     def parse(cls, environment: Mapping[str, str], overrides: Mapping[str, Any] | None = None) -> Config:
@@ -97,6 +99,7 @@ class Config:
             "overflow": self.overflow,
             "weights_dtype": self.weights_dtype,
             "flush_seconds": self.flush_seconds,
+            "sample": self.sample,
         }
 
 
@@ -123,13 +126,19 @@ def _directory(value: Any) -> Path:
 
 def _fields(value: Any) -> tuple[str, ...]:
     names = [str(part).lower() for part in _parts(value)]
+    if COUNTS[0] in names:
+        if set(names) != set(COUNTS):
+            raise ValueError("counts stands alone: it keeps statistics and no rows, so there is no column beside it")
+        return COUNTS
     for name in names:
         if name not in FIELDS:
-            raise ValueError(f"{name!r} is not a field; use some of {', '.join(FIELDS)}")
+            raise ValueError(f"{name!r} is not a field; use some of {', '.join(FIELDS)}, or counts alone")
     return tuple(name for name in FIELDS if name in names or name == "ids")
 
 
-def _layers(value: Any) -> tuple[int, ...]:
+def _layers(value: Any) -> tuple[int, ...] | None:
+    if value == "all":
+        return None
     layers: set[int] = set()
     for part in _parts(value):
         first, dash, last = str(part).partition("-")
@@ -176,6 +185,16 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
+def _share(value: Any) -> float:
+    try:
+        share = -1.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ValueError("it must be a share of the requests from 0 to 1, such as 0.01")
+    return share
+
+
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     "trace": _path,
     "fields": _fields,
@@ -186,4 +205,5 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "overflow": _choice("drop", "block"),
     "weights_dtype": _choice("float16", "exact"),
     "flush_seconds": _seconds,
+    "sample": _share,
 }

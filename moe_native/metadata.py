@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 import moe_trace
+from moe_native.tier import Tier
 
 
 class Metadata:
     """Items of JSON.
 
     Attributes:
-        stale: whether a layer was added since `text()`.
+        stale: whether a layer was added, or the tier changed, since `text()`.
     """
 
-    def __init__(self, fields: Sequence[str], weights_dtype: str, items: Mapping[str, Any]) -> None:
+    def __init__(self, tier: Tier, weights_dtype: str, items: Mapping[str, Any]) -> None:
+        self._tier = tier
         self._ledger: list[dict[str, Any]] = []
+        self._standing: list[tuple[str, str]] = []  # of each line: status and detail while the layer is asked for
         self._items: dict[str, Any] = {
             "versions": {
                 "moe_native": moe_trace.__version__,
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
-            "fields": list(fields),
+            "fields": list(tier.fields),
+            "sample": tier.sample,
             "weights_dtype": weights_dtype,
             "layers": self._ledger,
         }
@@ -53,6 +57,17 @@ class Metadata:
         """A line of the coverage ledger."""
         line = {"layer": layer, "name": name, "experts": experts, "top_k": top_k, "status": status, "detail": detail}
         self._ledger.append(line if every_step else {**line, "every_step": False})
+        self._standing.append((status, detail))
+        self.tier(self._tier)
+
+    def tier(self, tier: Tier) -> None:
+        """What is stored from now on. A layer that it leaves out is skipped."""
+        self._tier = tier
+        self._items = {**self._items, "fields": list(tier.fields), "sample": tier.sample}
+        for line, (status, detail) in zip(self._ledger, self._standing, strict=True):
+            if status != "missed" and not tier.takes(line["layer"]):
+                status, detail = "skipped", "not among the layers asked for"
+            line["status"], line["detail"] = status, detail
         self.stale = True
 
     @property

@@ -9,13 +9,20 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from moe_native.runs import FLAGS, UNKNOWN
+from moe_native.tier import Tier
 
 _HEAD = struct.Struct("<III")  # kind, key, bytes (csrc/RING.md)
 _REQUEST, _ENDED, _LINE = 1, 2, 3
 #: Requests that nobody declares finished are forgotten beyond this many; one that comes back gets a new index and
 #: keeps its name.
 MOST_REQUESTS = 1 << 16
+#: Indices from here on are of requests whose rows are counted and not stored; nobody's is the last of them.
+COUNTED = 1 << 31
+MOST_SAMPLED_STEPS = 1024
 
 
 class Notes:
@@ -24,12 +31,15 @@ class Notes:
     Args:
         limit: bytes of notes that one step may carry. Many requests at once are spread over steps, because a step's own
             record must fit in the ring; of a request whose own note is larger only the name is kept.
+        tier: says which of the requests that come from now on are kept. The others get an index, but no note: neither
+            their names nor anything else of them is written.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, tier: Tier) -> None:
+        self.tier = tier
         self._limit = limit
         self._requests: dict[str, tuple[int, dict[str, Any]]] = {}  # index and info
-        self._next = 0
+        self._next = {True: 0, False: COUNTED}  # by whether the request is kept
         self._waiting: dict[tuple[int, int], bytes] = {}  # by kind and key: a newer definition replaces one that waits
         self._lines = 0
         self._fresh: set[int] = set()  # requests that no step can have rows of yet
@@ -40,20 +50,32 @@ class Notes:
 
     def request(self, id: str, info: dict[str, Any]) -> int:
         """The index of a request. A new one, or new `info`, is noted."""
-        index, known = self._requests.get(id, (self._next, {}))
         if id not in self._requests:
-            self._next = (index + 1) % UNKNOWN
-            self._fresh.add(index)
-        elif info.items() <= known.items():
-            return index
-        info = {**known, **info}
+            index = self._new_index(self.tier.keeps(id))
+        else:
+            index, known = self._requests[id]
+            if info.items() <= known.items():
+                return index
+            info = {**known, **info}
         self._requests[id] = index, info
-        line = {**info, "type": "request", "index": index, "id": id}
-        if not self._add(_REQUEST, index, line):  # it would keep every step out of the ring
-            self._add(_REQUEST, index, {"type": "request", "index": index, "id": id[: self._limit // 8]})
+        if index < COUNTED:
+            self._define(id, index, info)
         if len(self._requests) > MOST_REQUESTS:
             self.finish(next(iter(self._requests)))
         return index
+
+    def _new_index(self, kept: bool) -> int:
+        index = self._next[kept]
+        if kept:
+            self._fresh.add(index)
+        # They wrap around in two thousand million requests.
+        self._next[kept] = (index + 1) % COUNTED if kept else COUNTED + (index + 1 - COUNTED) % (COUNTED - 1)
+        return index
+
+    def _define(self, id: str, index: int, info: dict[str, Any]) -> None:
+        line = {**info, "type": "request", "index": index, "id": id}
+        if not self._add(_REQUEST, index, line):  # it would keep every step out of the ring
+            self._add(_REQUEST, index, {"type": "request", "index": index, "id": id[: self._limit // 8]})
 
     def info(self, id: str) -> dict[str, Any]:
         """What is known of a request that has not ended."""
@@ -64,14 +86,17 @@ class Notes:
         if id not in self._requests:
             return
         index, _ = self._requests.pop(id)
+        if index >= COUNTED:
+            return
         if index in self._fresh:  # it came and went while nothing was recorded
             self._fresh.remove(index)
             self._waiting.pop((_REQUEST, index), None)
         else:
             self._waiting[_ENDED, index] = _HEAD.pack(_ENDED, index, 0)
 
-    def amend(self, step: int, row: int, count: int, flags: Sequence[str]) -> None:
-        """A late fact about rows of an earlier step.
+    def amend(self, step: int, row: int, count: int, flags: Sequence[str], at: tuple[int, int] | None = None) -> None:
+        """A late fact about rows of an earlier step. `at` says whose they are: index of the request and position of the
+        first. Where only some rows of a step are stored, it tells which, and without it there is nothing to say.
 
         Raises:
             ValueError: a flag is not one of `FLAGS`.
@@ -79,8 +104,13 @@ class Notes:
         for flag in flags:
             if flag not in FLAGS:
                 raise ValueError(f"unknown flag {flag!r}: use some of {', '.join(FLAGS)}")
+        line = {"type": "amend", "step": step, "row": row, "count": count, "set": list(flags)}
+        if at is not None:
+            if at[0] >= COUNTED:
+                return
+            line = {**line, "request": at[0], "position": at[1]}
         self._lines += 1
-        self._add(_LINE, self._lines, {"type": "amend", "step": step, "row": row, "count": count, "set": list(flags)})
+        self._add(_LINE, self._lines, line)
 
     @property
     def amendments_wait(self) -> bool:
@@ -111,3 +141,34 @@ class Notes:
         for key in list(itertools.islice(self._waiting, count)):
             del self._waiting[key]
         self._fresh.clear()
+
+
+class SampledSteps:
+    """Whose rows the latest steps had of which only some are stored: a late fact about such a step says its row by
+    request and position, because where it is stored depends on the rows before it."""
+
+    def __init__(self) -> None:
+        self._runs: dict[int, npt.NDArray[np.void]] = {}
+        self._forgotten = -1
+
+    def add(self, step: int, runs: npt.NDArray[np.void]) -> None:
+        """A step that has rows which are not stored."""
+        self._runs[step] = runs
+        if len(self._runs) > MOST_SAMPLED_STEPS:
+            self._forgotten = next(iter(self._runs))
+            del self._runs[self._forgotten]
+
+    def find(self, step: int, row: int, count: int) -> list[tuple[int, int, int]] | None:
+        """Rows [row, row + count) of a step as (request, first position, how many), those left out that are not known;
+        None for a step of which all rows are stored."""
+        runs = self._runs.get(step)
+        if runs is None:
+            return [] if step <= self._forgotten else None
+        ends = np.cumsum(runs["count"].astype(np.int64))
+        found = []
+        for run, end in zip(runs.tolist(), ends.tolist(), strict=True):
+            request, position, rows = run[:3]
+            first, last = max(row, end - rows), min(row + count, end)
+            if first < last and position != UNKNOWN:
+                found.append((request, position + first - (end - rows), last - first))
+        return found

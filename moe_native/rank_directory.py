@@ -80,6 +80,8 @@ def sweep_emptied_ranks(trace: Path) -> None:
             emptied = not any(other.suffix in (".moe", ".open", ".ring") for other in rank.iterdir())
             if emptied and _closed(file):
                 file.unlink()
+                for left in ("command.json", "reply.json"):  # of a `ctl` that did not wait
+                    (rank / left).unlink(missing_ok=True)
                 rank.rmdir()
                 rank.parent.rmdir()  # fails, as it should, while another rank is in it
 

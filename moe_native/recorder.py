@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import operator
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,17 +20,18 @@ import torch
 
 import moe_trace
 from moe_native import _C, ops
-from moe_native.config import FIELDS, Config
+from moe_native.config import Config
+from moe_native.control import CommandFile
 from moe_native.metadata import Metadata
-from moe_native.notes import Notes
+from moe_native.notes import COUNTED, Notes, SampledSteps
 from moe_native.rank_directory import RankFile, make_rank_directory, sweep_emptied_ranks
-from moe_native.runs import RUN_DTYPE, UNKNOWN, join_rows, one_per_row, row_class
+from moe_native.runs import COUNTED_FLAG, RUN_DTYPE, UNKNOWN, join_rows, one_per_row, row_class
+from moe_native.tier import Tier
 
 __all__ = ["Recorder"]
 
 log = logging.getLogger("moe_native")
 
-_FIELD_BITS = {name: 1 << bit for bit, name in enumerate(FIELDS)}  # csrc/core/step_recorder.h
 _MIB = 1 << 20
 
 
@@ -49,7 +51,7 @@ class Recorder:
     Args:
         path: the trace's directory; made if it is missing. A trace may hold many runs: each recorder adds one.
         fields: what to store of `ids`, `weights`, `logits`, `hidden` (the router's input) and `tokens` (token ids).
-            `ids` is always stored.
+            `ids` is always stored. Or `counts`: statistics, and no row.
         layers: the layers to record (the model's own indices), also as `"0,4-7"`; None for all that are bound.
         max_bytes: bound on the whole trace directory, in bytes or as `"1GB"`: the oldest closed segments are deleted to
             keep it. None for no bound.
@@ -59,6 +61,9 @@ class Recorder:
             is lost.
         weights_dtype: `"float16"`, or `"exact"` to store weights as the router gave them.
         flush_seconds: how old the newest rows in the segment files may get.
+        sample: the share of requests whose rows are stored, 0 to 1, chosen by a hash of their names: a request is kept
+            whole or not at all, and in each process alike. Rows of the others, and below 1 rows that are nobody's, are
+            counted in the statistics only.
         segment_bytes: size at which a segment is closed; None chooses 64 MiB, less when `max_bytes` is small.
         ring_dir: where the ring file lies; None for /dev/shm.
         rank: name of this process's directory in the run.
@@ -82,6 +87,7 @@ class Recorder:
         overflow: str = "drop",
         weights_dtype: str = "float16",
         flush_seconds: float = 10.0,
+        sample: float | str = 1.0,
         segment_bytes: int | None = None,
         ring_dir: str | Path | None = None,
         rank: str = "rank-0",
@@ -99,6 +105,7 @@ class Recorder:
             overflow=overflow,
             weights_dtype=weights_dtype,
             flush_seconds=flush_seconds,
+            sample=sample,
         )
         if settings.trace is None:
             raise ValueError("the trace's path is empty")
@@ -109,9 +116,12 @@ class Recorder:
             raise ValueError("segment_bytes must be at most half of max_bytes: whole segments are what is deleted")
 
         self.path = settings.trace
-        self.fields = settings.fields
-        self.layers = None if settings.layers is None else frozenset(settings.layers)
-        self._metadata = Metadata(self.fields, settings.weights_dtype, metadata or {})
+        self._tier = Tier(settings.fields, _set(settings.layers), settings.sample)
+        self._wanted: Tier | None = None  # from the next step on
+        self._wanted_lock = threading.Lock()
+        self._sampling = self._tier.sample < 1 or self._tier.counted  # now, or once: then requests may be left of it
+        self._sampled = SampledSteps()
+        self._metadata = Metadata(self._tier, settings.weights_dtype, metadata or {})
         self._recover_dead_runs()
         if largest:
             sweep_emptied_ranks(self.path)
@@ -126,7 +136,7 @@ class Recorder:
                 ring_bytes=settings.ring_bytes,
                 lanes=lanes,
                 block=settings.overflow == "block",
-                fields=sum(_FIELD_BITS[f] for f in self.fields),
+                fields=self._tier.bits,
                 exact_weights=settings.weights_dtype == "exact",
                 segment_bytes=segment_bytes,
                 max_bytes=largest,
@@ -138,13 +148,69 @@ class Recorder:
                 self.directory.rmdir()
                 self.directory.parent.rmdir()
             raise
-        self._notes = Notes(limit=settings.ring_bytes // lanes // 8)
-        self._bindings: set[int] = set()
+        self._core.configure(self._tier.bits, self._tier.counted)
+        self._notes = Notes(settings.ring_bytes // lanes // 8, self._tier)
+        self._bindings: dict[int, int] = {}  # their layers
         self._closed = False
         self._publish_metadata(ring={"path": self._core.ring_path, "id": f"{self._core.ring_id:016x}"})
         self._at_exit = _close_at_exit(self)
+        self._commands = CommandFile(self, self.directory)
 
     # What is recorded: bindings and metadata.
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What is stored now, as the argument of this name; `("counts",)` for no row."""
+        return self._tier.fields
+
+    @property
+    def layers(self) -> frozenset[int] | None:
+        """The layers that are recorded now; None for all."""
+        return self._tier.layers
+
+    @property
+    def sample(self) -> float:
+        """The share of requests whose rows are stored now."""
+        return self._tier.sample
+
+    def set(
+        self,
+        *,
+        fields: str | Iterable[str] | None = None,
+        layers: str | Iterable[int] | None = None,
+        sample: float | str | None = None,
+    ) -> None:
+        """Change what is recorded from the next step on; None leaves a setting as it is, `layers="all"` asks for all.
+        May be called by any thread, at any time.
+
+        Another `sample` decides about requests that begin after it. `fields="counts"` (as `sample=0`) stores no row
+        any more, of nobody; the requests of that time are not stored afterwards either.
+
+        Raises:
+            ValueError: a value is not usable; nothing is changed.
+        """
+        asked = Config.of_arguments(fields=fields, layers=layers, sample=sample)
+        with self._wanted_lock:
+            old = self._wanted or self._tier
+            self._wanted = Tier(
+                old.fields if fields is None else asked.fields,
+                old.layers if layers is None else _set(asked.layers),
+                old.sample if sample is None else asked.sample,
+            )
+
+    def _adopt_wanted(self) -> None:
+        """Between two steps: before a request of the next one is known, because that decides about it."""
+        if self._wanted is None or self._core.step_open:
+            return
+        with self._wanted_lock:
+            tier, self._wanted = self._wanted, None
+        assert tier is not None  # only this thread takes it
+        self._tier = self._notes.tier = tier
+        self._sampling = self._sampling or tier.sample < 1 or tier.counted
+        self._core.configure(tier.bits, tier.counted)
+        for binding, layer in self._bindings.items():
+            self._core.enable(binding, tier.takes(layer))
+        self._metadata.tier(tier)
 
     @property
     def state(self) -> torch.Tensor:
@@ -185,10 +251,8 @@ class Recorder:
             raise ValueError(f"layer {layer} is not between 0 and 65534")
         if not 1 <= experts <= 0xFFFF or not 1 <= top_k <= 0xFFFF:
             raise ValueError(f"layer {layer}: experts={experts}, top_k={top_k} must be between 1 and 65535")
-        enabled = self.layers is None or layer in self.layers
-        binding = int(self._core.bind(layer, experts, top_k, enabled, every_step))
-        self._bindings.add(binding)
-        status, detail = (status, detail) if enabled else ("skipped", "not among the layers asked for")
+        binding = int(self._core.bind(layer, experts, top_k, self._tier.takes(layer), every_step))
+        self._bindings[binding] = layer
         self._metadata.add_layer(layer, name, experts, top_k, status, detail, every_step)
         return binding
 
@@ -217,6 +281,7 @@ class Recorder:
     def request(self, id: str, **info: Any) -> int:
         """The index of a request for `runs`. `info` (such as `prompt_len`) travels with the next step; what is given
         again replaces the old."""
+        self._adopt_wanted()
         return self._notes.request(id, info)
 
     def finish(self, id: str) -> None:
@@ -225,11 +290,18 @@ class Recorder:
 
     def amend(self, step: int, row: int, count: int, flags: Sequence[str]) -> None:
         """A late fact about rows of an earlier step: `flags` of `recomputed`, `rejected`, `superseded`, `discarded`.
+        Where the step has rows that are not stored, it has to be one of the last thousand such steps, and the rows have
+        to have positions.
 
         Raises:
             ValueError: a flag is none of these.
         """
-        self._notes.amend(step, row, count, flags)
+        places = self._sampled.find(step, row, count) if self._sampling else None
+        if places is None:
+            return self._notes.amend(step, row, count, flags)
+        for request, position, number in places:
+            self._notes.amend(step, row, number, flags, at=(request, position))
+        return None
 
     @property
     def step_number(self) -> int:
@@ -256,6 +328,7 @@ class Recorder:
         Raises:
             RuntimeError: a step is open already.
         """
+        self._adopt_wanted()
         if self._metadata.stale:
             try:
                 self._publish_metadata()
@@ -296,20 +369,37 @@ class Recorder:
         Raises:
             ValueError: the runs do not cover the step's rows. The step stays open: abort it.
         """
+        runs = np.ascontiguousarray(runs)
+        if self._sampling:
+            runs = self._mark_counted(runs)
         notes = self._notes.next()
         if tokens is not None:
             tokens = np.ascontiguousarray(tokens, dtype=np.uint32) if "tokens" in self.fields else None
-        kept = bool(self._core.end_step(np.ascontiguousarray(runs), tokens, b"".join(notes), len(notes)))
+        kept = bool(self._core.end_step(runs, tokens, b"".join(notes), len(notes)))
         if kept:
             self._notes.delivered(len(notes))
         return kept
+
+    def _mark_counted(self, runs: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+        """The runs, those marked whose rows are counted and not stored."""
+        counted = runs["request"] >= COUNTED  # nobody's too
+        if self._tier.counted:
+            counted[:] = True
+        elif self._tier.sample >= 1:
+            counted &= runs["request"] != UNKNOWN
+        if counted.any():
+            runs = runs.copy()
+            runs["flags"][counted] |= COUNTED_FLAG
+            self._sampled.add(self.step_number, runs)
+        return runs
 
     def abort_step(self) -> None:
         """Give the open step up, as after an exception in the forward pass. It is counted."""
         self._core.abort_step()
 
     def pause(self) -> None:
-        """Record no step from now on, until `resume()`. Steps that are not recorded for this reason are no losses."""
+        """Record no step from the next one on, until `resume()`. The trace says how many there were; they are no
+        losses. May be called by any thread, at any time."""
         self._core.pause(True)
 
     def resume(self) -> None:
@@ -383,6 +473,7 @@ class Recorder:
         prompt_lens: Mapping[str, int],
         modality: str,
     ) -> npt.NDArray[np.void]:
+        self._adopt_wanted()
         rows = len(positions)
         if names is None:
             classes = np.full(rows, row_class("unknown", modality, False), np.uint16)
@@ -402,9 +493,28 @@ class Recorder:
     # Life and death.
 
     def counters(self) -> dict[str, Any]:
-        """What happened so far: steps begun and committed, losses by cause (`lost`), time waited, bytes, the drain
-        thread's CPU seconds."""
+        """What happened so far: steps begun and committed, losses by cause (`lost`), what was not recorded on request
+        (`paused`), rows written (of these, `rows_stored` are not only counted), time waited, bytes, the drain thread's
+        CPU seconds."""
         return dict(self._core.counters())
+
+    def status(self) -> dict[str, Any]:
+        """How it stands, in plain types: `directory`, `state` (`recording`, `paused` or `closed`), `fields`, `layers`
+        (None: all) and `sample` as they are from the next step on, and of `counters()` the `steps`, `rows`,
+        `rows_stored`, `lost` and `paused`."""
+        tier, c = self._wanted or self._tier, self.counters()
+        return {
+            "directory": str(self.directory),
+            "state": "closed" if self._closed else "paused" if self._core.paused else "recording",
+            "fields": list(tier.fields),
+            "layers": None if tier.layers is None else sorted(tier.layers),
+            "sample": tier.sample,
+            "steps": c["steps_committed"],
+            "rows": c["rows_written"],
+            "rows_stored": c["rows_stored"],
+            "lost": c["lost"],
+            "paused": c["paused"],
+        }
 
     def flush(self, timeout: float = 30.0) -> None:
         """Make everything that is committed visible to readers.
@@ -425,6 +535,8 @@ class Recorder:
         atexit.unregister(self._at_exit)
         if not self._core.here:  # a forked child: the trace is its parent's
             return
+        self._commands.close()
+        self._core.pause(False)  # late facts are to be written all the same
         if self._notes.amendments_wait and not self._core.step_open and self.begin_step(0):
             self.end_step(np.zeros(0, RUN_DTYPE))  # a step without rows takes them along
         self._core.close()
@@ -472,6 +584,10 @@ class Recorder:
                 log.warning("moe_native: %s", problem)
         except Exception as error:
             log.warning("moe_native: a crashed run in %s could not be recovered: %s", self.path, error)
+
+
+def _set(layers: Iterable[int] | None) -> frozenset[int] | None:
+    return None if layers is None else frozenset(layers)
 
 
 def _close_at_exit(recorder: Recorder) -> Any:

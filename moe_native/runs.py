@@ -18,6 +18,7 @@ PHASES = {name: code for code, name in enumerate(fmt.PHASES)}
 MODALITIES = {name: code for code, name in enumerate(fmt.MODALITIES)}
 FLAGS = fmt.RUN_FLAGS
 RECOMPUTED, DRAFT = fmt.CLASS_RECOMPUTED, fmt.CLASS_DRAFT
+COUNTED_FLAG = fmt.RUN_COUNTED  #: in the ring only: these rows are counted and not stored
 
 
 def row_class(phase: str = "unknown", modality: str = "unknown", attributed: bool = False) -> int:

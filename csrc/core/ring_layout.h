@@ -26,8 +26,8 @@ inline constexpr size_t kAlign = 64;  // of every payload, and of every column i
 constexpr uint64_t align_up(uint64_t value, uint64_t to) { return (value + to - 1) / to * to; }
 
 // Why rows are not in the trace. FORMAT.md, table "losses".
-enum class Loss : uint16_t { kRingFull, kTooLarge, kAborted, kBadInput, kNoLane, kIncomplete, kIoError };
-inline constexpr size_t kLossCauses = 7;
+enum class Loss : uint16_t { kRingFull, kTooLarge, kAborted, kBadInput, kNoLane, kIncomplete, kIoError, kPaused };
+inline constexpr size_t kLossCauses = 8;
 
 enum Counter : size_t {
   kStepsBegun = 0,
@@ -63,6 +63,7 @@ struct RingHeader {
   char rank_directory[2048];
 };
 static_assert(sizeof(RingHeader) == kPage);
+static_assert(kLosses + 3 * kLossCauses <= 64);
 static_assert(offsetof(RingHeader, created_ns) == 128);
 static_assert(offsetof(RingHeader, crc) == 252);
 static_assert(offsetof(RingHeader, counters) == 256);
@@ -90,6 +91,7 @@ enum class RecordKind : uint8_t { kLayer = 1, kStep = 2 };
 
 inline constexpr uint32_t kStepAborted = 1;   // Descriptor::flags of a step record
 inline constexpr uint32_t kStepStreamed = 2;  // of a layer record: its step is larger than the ring holds at once
+inline constexpr uint32_t kStepCounted = 4;   // of a layer record: no row of its step is stored, all are counted
 
 struct Descriptor {
   std::atomic<uint64_t> word;
@@ -132,6 +134,8 @@ struct Run {
   uint16_t flags;
 };
 static_assert(sizeof(Run) == 16);
+
+inline constexpr uint16_t kRunCounted = 0x8000;  // Run::flags, in the ring only: its rows are counted and not stored
 
 // Where the columns of a layer record lie in its payload.
 struct LayerColumns {

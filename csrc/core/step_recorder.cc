@@ -88,6 +88,16 @@ int StepRecorder::bind(uint16_t layer, uint32_t experts, uint32_t k, bool enable
   return index;
 }
 
+void StepRecorder::configure(uint32_t fields, bool counted) noexcept {
+  for (Binding* b : bindings_) {  // a guess until the first record, as in bind()
+    if ((fields & ~fields_ & kFieldLogits) != 0) b->row_bytes += b->experts * 4;
+  }
+  fields_ = fields;
+  counted_ = counted;
+}
+
+void StepRecorder::enable(Binding& b, bool enabled) noexcept { b.enabled.store(enabled, std::memory_order_relaxed); }
+
 Begun StepRecorder::begin_step(std::span<const RowSpan> spans) noexcept {
   if (step_open()) return Begun::kNested;
   try {
@@ -112,8 +122,9 @@ Begun StepRecorder::begin_placed_step(int64_t rows) noexcept {
 // alike.
 Begun StepRecorder::begin(int64_t rows) noexcept {
   if (closed_.load(std::memory_order_relaxed)) return Begun::kPaused;
-  if (paused_) {
+  if (paused()) {
     ++next_step_;
+    ring_.lose(Loss::kPaused, 1, 0, static_cast<uint64_t>(rows));
     return Begun::kPaused;
   }
   step_rows_ = rows;
@@ -308,7 +319,7 @@ void StepRecorder::record(Binding& b, const LayerInput& in) noexcept {
     d->logits_width = shape.logits_width;
     d->hidden_width = shape.hidden_width;
     d->runs = d->notes = d->notes_bytes = 0;
-    d->flags = streamed_ ? kStepStreamed : 0;
+    d->flags = (streamed_ ? kStepStreamed : 0) | (counted_ ? kStepCounted : 0);
     d->time_ns = step_time_ns_;
 
     std::byte* out = lane.payload(*d);

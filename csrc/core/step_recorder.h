@@ -94,11 +94,17 @@ class StepRecorder {
   // For good. By any thread, at any time; an open step is lost and counted.
   void close() noexcept;
 
+  // Both by the thread that begins steps, while none is open. `counted`: no row of the next steps will be stored.
+  void configure(uint32_t fields, bool counted) noexcept;
+  void enable(Binding& binding, bool enabled) noexcept;
+
   bool step_open() const noexcept { return open_step_.load(std::memory_order_relaxed) != 0; }
   int64_t step_rows() const noexcept { return step_rows_; }
   // Of the open step, or of the one begun last; -1 before the first.
   int64_t step_number() const noexcept { return static_cast<int64_t>(next_step_) - 1; }
-  void pause(bool paused) noexcept { paused_ = paused; }
+  // By any thread; from the next step on. The steps that are not recorded are counted.
+  void pause(bool paused) noexcept { paused_.store(paused, std::memory_order_relaxed); }
+  bool paused() const noexcept { return paused_.load(std::memory_order_relaxed); }
 
  private:
   struct alignas(kAlign) Lane {
@@ -123,7 +129,8 @@ class StepRecorder {
   std::vector<Lane> lanes_;
   std::vector<Binding*> bindings_;
   uint32_t fields_;
-  bool paused_ = false;
+  bool counted_ = false;
+  std::atomic<bool> paused_{false};
   std::atomic<bool> closed_{false};
 
   // The open step. Everything below is written before open_step_ is stored (release) and read after it is loaded

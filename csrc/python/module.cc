@@ -21,8 +21,8 @@ namespace py = pybind11;
 namespace moe_native {
 namespace {
 
-constexpr const char* kLossNames[kLossCauses] = {"ring_full", "too_large",  "aborted", "bad_input",
-                                                 "no_lane",   "incomplete", "io_error"};
+constexpr const char* kLossNames[kLossCauses] = {"ring_full", "too_large",  "aborted",  "bad_input",
+                                                 "no_lane",   "incomplete", "io_error", "paused"};
 
 // Holds a Recording; in a forked child it holds it and does nothing with it.
 class Handle {
@@ -133,6 +133,14 @@ class Handle {
   void pause(bool paused) {
     if (usable()) recording_->steps().pause(paused);
   }
+  bool paused() const { return usable() && recording_->steps().paused(); }
+  void configure(uint32_t fields, bool counted) {
+    if (usable()) recording_->steps().configure(fields, counted);
+  }
+  void enable(int index, bool enabled) {
+    Binding* b = binding(index);
+    if (usable() && b != nullptr) recording_->steps().enable(*b, enabled);
+  }
   void set_metadata(const std::string& json) {
     if (usable()) recording_->drain().set_metadata(json);
   }
@@ -175,10 +183,13 @@ class Handle {
       cause["rows"] = t.rows;
       lost[kLossNames[c]] = cause;
     }
+    const py::object paused_steps = lost.attr("pop")(kLossNames[static_cast<size_t>(Loss::kPaused)], py::none());
     out["lost"] = lost;
+    out["paused"] = paused_steps;
     const DrainTotals& totals = const_cast<Recording&>(*recording_).drain().totals();
     out["blocks"] = totals.blocks.load(std::memory_order_relaxed);
     out["rows_written"] = totals.rows.load(std::memory_order_relaxed);
+    out["rows_stored"] = totals.stored_rows.load(std::memory_order_relaxed);
     out["raw_bytes"] = totals.raw_bytes.load(std::memory_order_relaxed);
     out["stored_bytes"] = totals.stored_bytes.load(std::memory_order_relaxed);
     out["drain_cpu_seconds"] = static_cast<double>(totals.cpu_ns.load(std::memory_order_relaxed)) * 1e-9;
@@ -214,6 +225,8 @@ PYBIND11_MODULE(_C, m) {
       .def("end_step", &Handle::end_step, py::arg("runs"), py::arg("tokens"), py::arg("notes"), py::arg("note_count"))
       .def("abort_step", &Handle::abort_step)
       .def("pause", &Handle::pause)
+      .def("configure", &Handle::configure, py::arg("fields"), py::arg("counted"))
+      .def("enable", &Handle::enable, py::arg("binding"), py::arg("enabled"))
       .def("set_metadata", &Handle::set_metadata)
       .def("flush", &Handle::flush, py::arg("seconds"))
       .def("close", &Handle::close)
@@ -223,6 +236,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("has_messages", &Handle::has_messages)
       .def_property_readonly("ring_id", &Handle::ring_id)
       .def_property_readonly("ring_path", &Handle::ring_path)
+      .def_property_readonly("paused", &Handle::paused)
       .def_property_readonly("step_number", &Handle::step_number)
       .def_property_readonly("step_open", &Handle::step_open);
   py::register_exception_translator([](std::exception_ptr thrown) {

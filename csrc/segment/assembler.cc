@@ -84,6 +84,7 @@ void Assembler::take_layer(LaneConsumer& lane, const Descriptor& d) {
   open_.time_ns = d.time_ns;
   open_.bytes += at.bytes + sizeof(Descriptor);
   open_streamed_ = open_streamed_ || (d.flags & kStepStreamed) != 0;
+  open_.counted = open_.counted || (d.flags & kStepCounted) != 0;
   ring_.add(kRecords, 1);
   lane.take();
 }

@@ -28,6 +28,9 @@ void BlockBuilder::start(BlockKind kind, const BlockExtras& extras) {
   header_.kind = kind;
   header_.number = extras.number;
   statistics_.clear();
+  all_kept_ = true;
+  kept_count_ = 0;
+  kept_.clear();
   directory_.clear();
   body_.clear();
 }
@@ -42,20 +45,20 @@ void BlockBuilder::build_rows(std::span<const StepData* const> steps, const Bloc
   }
 
   std::vector<ClassSpan> spans;
-  std::vector<Run> runs;
   std::vector<const Piece*> pieces;
-  uint64_t rows = 0;
+  uint64_t executed = 0;
   bool tokens = false;
   for (const StepData* step : steps) {
-    append_class_spans(step->runs, rows, spans);
-    runs.insert(runs.end(), step->runs.begin(), step->runs.end());
+    append_class_spans(step->runs, executed, spans);
     for (const Piece& piece : step->pieces) pieces.push_back(&piece);
-    rows += step->rows;
+    executed += step->rows;
     tokens = step->tokens != nullptr;
   }
+  const StoredRuns stored = keep(steps);
   if (!steps.empty()) {
     header_.steps = static_cast<uint32_t>(steps.size());
-    header_.rows = static_cast<uint32_t>(rows);
+    header_.rows = static_cast<uint32_t>(all_kept_ ? executed : kept_count_);
+    header_.executed = all_kept_ ? 0 : executed;
     header_.first_step = steps.front()->number;
     header_.last_step = steps.back()->number;
     // The clock may have been set back in between.
@@ -74,17 +77,18 @@ void BlockBuilder::build_rows(std::span<const StepData* const> steps, const Bloc
     }
   }
 
-  if (tokens) {
+  if (tokens && header_.rows > 0) {
     column_.clear();
     for (const StepData* step : steps) append(column_, step->tokens, size_t{step->rows} * 4);
-    add_column(EntryField::kTokens, DType::kU32, kNoLayer, 1, 0, header_.rows, column_.data());
+    add_column(EntryField::kTokens, DType::kU32, kNoLayer, 1, 0, header_.rows, kept_rows(column_, 4));
   }
   add_table(EntryField::kSteps, Table(steps.size())
                                     .column([&](size_t i) { return steps[i]->number; })
                                     .column([&](size_t i) { return steps[i]->time_ns; })
-                                    .column([&](size_t i) { return steps[i]->rows; })
-                                    .column([&](size_t i) { return static_cast<uint32_t>(steps[i]->runs.size()); })
+                                    .column([&](size_t i) { return stored.rows[i]; })
+                                    .column([&](size_t i) { return stored.of_step[i]; })
                                     .column([](size_t) { return uint32_t{0}; }));
+  const std::vector<Run>& runs = stored.runs;
   add_table(EntryField::kRuns, Table(runs.size())
                                    .column([&](size_t i) { return runs[i].request; })
                                    .column([&](size_t i) { return runs[i].position; })
@@ -95,12 +99,56 @@ void BlockBuilder::build_rows(std::span<const StepData* const> steps, const Bloc
   finish(extras);
 }
 
+// What is stored of the steps: all but the runs that are only counted. Fragments in the file have the rows of all runs,
+// before it is known whose they are: there such a run stays, as nobody's.
+BlockBuilder::StoredRuns BlockBuilder::keep(std::span<const StepData* const> steps) {
+  StoredRuns stored;
+  uint64_t at = 0;
+  for (const StepData* step : steps) {
+    const bool in_fragments = step->fragments > 0 && !step->counted;
+    const size_t runs_before = stored.runs.size();
+    const uint64_t rows_before = kept_count_;
+    for (Run run : step->runs) {
+      const uint64_t first = at;
+      at += run.count;
+      if ((run.flags & kRunCounted) != 0) {
+        if (!in_fragments) {
+          all_kept_ = false;
+          continue;
+        }
+        run.request = run.position = kNoRequest;
+        run.flags &= static_cast<uint16_t>(~kRunCounted);
+      }
+      stored.runs.push_back(run);
+      kept_count_ += run.count;
+      if (!kept_.empty() && kept_.back().first + kept_.back().rows == first) {
+        kept_.back().rows += run.count;
+      } else {
+        kept_.push_back({first, run.count});
+      }
+    }
+    stored.of_step.push_back(static_cast<uint32_t>(stored.runs.size() - runs_before));
+    stored.rows.push_back(static_cast<uint32_t>(kept_count_ - rows_before));
+  }
+  return stored;
+}
+
+// Of a column that has all executed rows of the block, those that are stored.
+const std::byte* BlockBuilder::kept_rows(const std::vector<std::byte>& column, size_t row_bytes) {
+  if (all_kept_) return column.data();
+  kept_column_.clear();
+  for (const RowRange& range : kept_)
+    append(kept_column_, column.data() + range.first * row_bytes, range.rows * row_bytes);
+  return kept_column_.data();
+}
+
 void BlockBuilder::build_fragment(StepData& step, const BlockExtras& extras) {
   start(BlockKind::kFragment, extras);
   header_.steps = 1;
   header_.rows = step.rows;
   header_.first_step = header_.last_step = step.number;
   header_.first_time_ns = header_.last_time_ns = step.time_ns;
+  all_kept_ = !step.counted;  // then it says which records left the ring, and has no plane
   std::vector<const Piece*> pieces;
   for (const Piece& piece : step.pieces) pieces.push_back(&piece);
   std::ranges::stable_sort(pieces, {}, [](const Piece* p) { return std::pair(p->shape.layer, p->first_row); });
@@ -109,8 +157,9 @@ void BlockBuilder::build_fragment(StepData& step, const BlockExtras& extras) {
 }
 
 void BlockBuilder::build_footer(const Statistics& sum, const Table& index, const BlockExtras& extras,
-                                uint64_t first_step, uint64_t last_step) {
+                                uint64_t first_step, uint64_t last_step, uint64_t executed) {
   start(BlockKind::kFooter, extras);
+  header_.executed = executed;
   header_.first_step = first_step;
   header_.last_step = last_step;
   add_statistics(sum);
@@ -138,24 +187,27 @@ void BlockBuilder::add_layers(std::span<const Piece* const> pieces, bool fragmen
       column_.clear();
       for (const Piece* piece : group) append(column_, piece->*data, piece->rows * row_bytes);
     };
+    const auto stored = static_cast<uint32_t>(all_kept_ ? rows : kept_count_);
+    const auto store = [&](EntryField field, DType dtype, uint32_t width, const std::vector<std::byte>& column) {
+      if (stored == 0) return;
+      add_column(field, dtype, shape.layer, width, first_row, stored, kept_rows(column, width * size_of(dtype)));
+    };
     weights_.clear();
     if (shape.weights_dtype != DType::kNone) {
       gather(&Piece::weights, shape.k * size_of(shape.weights_dtype));
-      const DType stored = convert_weights(shape.weights_dtype);
-      add_column(EntryField::kWeights, stored, shape.layer, shape.k, first_row, rows, stored_weights_.data());
+      const DType dtype = convert_weights(shape.weights_dtype);
+      store(EntryField::kWeights, dtype, shape.k, stored_weights_);
     }
-    if (shape.logits_dtype != DType::kNone) {
+    if (shape.logits_dtype != DType::kNone && stored > 0) {
       gather(&Piece::logits, shape.logits_width * size_of(shape.logits_dtype));
-      add_column(EntryField::kLogits, shape.logits_dtype, shape.layer, shape.logits_width, first_row, rows,
-                 column_.data());
+      store(EntryField::kLogits, shape.logits_dtype, shape.logits_width, column_);
     }
-    if (shape.hidden_dtype != DType::kNone) {
+    if (shape.hidden_dtype != DType::kNone && stored > 0) {
       gather(&Piece::hidden, shape.hidden_width * size_of(shape.hidden_dtype));
-      add_column(EntryField::kHidden, shape.hidden_dtype, shape.layer, shape.hidden_width, first_row, rows,
-                 column_.data());
+      store(EntryField::kHidden, shape.hidden_dtype, shape.hidden_width, column_);
     }
     gather(&Piece::ids, shape.k * size_of(shape.ids_dtype));
-    add_column(EntryField::kIds, shape.ids_dtype, shape.layer, shape.k, first_row, rows, column_.data());
+    store(EntryField::kIds, shape.ids_dtype, shape.k, column_);
     if (written != nullptr) {
       written->push_back({shape, first_row, rows, column_, weights_});
     } else {

@@ -213,6 +213,7 @@ bool Drain::write_block(std::span<const StepData* const> steps, const std::vecto
   }
   requests_.written();
   totals_.rows.fetch_add(rows, std::memory_order_relaxed);
+  totals_.stored_rows.fetch_add(builder_.header().rows, std::memory_order_relaxed);
   if (segment_.bytes() >= options_.segment_bytes) close_segment();
   return true;
 }

@@ -32,6 +32,7 @@ struct DrainOptions {
 struct DrainTotals {
   std::atomic<uint64_t> blocks{0};
   std::atomic<uint64_t> rows{0};          // of steps written, once a step
+  std::atomic<uint64_t> stored_rows{0};   // of these, the ones that are not only counted
   std::atomic<uint64_t> raw_bytes{0};     // taken from the ring
   std::atomic<uint64_t> stored_bytes{0};  // written
   std::atomic<uint64_t> cpu_ns{0};        // of the drain thread

@@ -61,12 +61,14 @@ struct BlockHeader {
   uint32_t directory_raw;
   uint32_t directory_crc;
   uint32_t fragments;
-  uint8_t zero[36];
+  uint64_t executed;
+  uint8_t zero[28];
   uint32_t crc;
 };
 static_assert(sizeof(BlockHeader) == 128);
 static_assert(offsetof(BlockHeader, first_step) == 32);
 static_assert(offsetof(BlockHeader, directory_stored) == 72);
+static_assert(offsetof(BlockHeader, executed) == 88);
 static_assert(offsetof(BlockHeader, crc) == 124);
 
 enum class EntryField : uint8_t {

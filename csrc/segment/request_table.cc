@@ -49,6 +49,7 @@ std::vector<std::string> RequestTable::lines_for(std::span<const StepData* const
     }
     uint32_t previous = kNoRequest;
     for (const Run& run : step->runs) {
+      if ((run.flags & kRunCounted) != 0) continue;  // none of its rows is stored, and neither is its name
       if (run.request != previous) emit(run.request);
       previous = run.request;
     }

@@ -109,7 +109,13 @@ Table SegmentFile::index_table() const {
 int SegmentFile::close(BlockBuilder& builder, const BlockExtras& extras) {
   const uint64_t first = index_.empty() ? 0 : index_.front().header.first_step;
   const uint64_t last = index_.empty() ? 0 : index_.back().header.last_step;
-  builder.build_footer(sum_, index_table(), extras, first, last);
+  uint64_t rows = 0, executed = 0;
+  for (const IndexItem& item : index_) {
+    if (item.header.kind != BlockKind::kRows) continue;
+    rows += item.header.rows;
+    executed += item.header.executed == 0 ? item.header.rows : item.header.executed;
+  }
+  builder.build_footer(sum_, index_table(), extras, first, last, executed == rows ? 0 : executed);
   Trailer trailer{};
   trailer.footer_offset = end_;
   int error = write(builder.bytes().data(), builder.bytes().size(), end_);

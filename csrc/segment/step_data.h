@@ -35,8 +35,8 @@ struct Piece {
   const std::byte* hidden = nullptr;
 };
 
-// Rows that are already in a fragment block. Their ids and weights are kept for the statistics, which need the step's
-// table.
+// Rows that left the ring with a fragment block. Their ids and weights are kept for the statistics, which need the
+// step's table.
 struct WrittenPiece {
   LayerShape shape;
   uint32_t first_row = 0;
@@ -57,8 +57,9 @@ struct StepData {
   std::vector<WrittenPiece> written;
   uint32_t fragments = 0;
   bool aborted = false;
-  bool lost = false;   // a part could not be written: the step is given up, and counted when it ends
-  uint64_t bytes = 0;  // held in the ring
+  bool counted = false;  // no row of it is stored, not even in fragments
+  bool lost = false;     // a part could not be written: the step is given up, and counted when it ends
+  uint64_t bytes = 0;    // held in the ring
   std::vector<LaneConsumer::Position> end;  // of each lane, behind this step
 };
 

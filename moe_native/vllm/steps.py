@@ -51,13 +51,10 @@ class Steps:
     Requests live in slots of a few arrays, so that a step is a handful of numpy calls, however many requests it has.
     """
 
-    def __init__(
-        self, recorder: Recorder, runner: Any, *, tokens: bool = False, forward: Forward | None = None
-    ) -> None:
+    def __init__(self, recorder: Recorder, runner: Any, *, forward: Forward | None = None) -> None:
         self._recorder = recorder
         self._forward = forward  # where rows may lie elsewhere than at the start of the routers' tensors
         self._runner = runner
-        self._tokens = tokens
         self.owners: BlockOwners | None = None  # of the KV blocks, where the prefix cache is followed
         self._fates = DraftFates(recorder)
         self._slots: dict[str, int] = {}  # by vLLM's internal id
@@ -168,7 +165,7 @@ class Steps:
         else:
             batch, source = runner.input_batch, runner
         positions = _array(source.positions)
-        tokens = _array(source.input_ids)[:rows] if self._tokens else None
+        tokens = _array(source.input_ids)[:rows] if "tokens" in self._recorder.fields else None
         return list(batch.req_ids[: batch.num_reqs]), positions, tokens
 
     @staticmethod

@@ -73,7 +73,8 @@ class WorkerRecording:
 
     def __init__(self, worker: Any, config: Config) -> None:
         self.worker = worker
-        worker.moe_native = self  # for `collective_rpc`
+        worker.moe_native = self
+        worker.moe_native_ctl = self.control  # for `collective_rpc`
         self.config = config
         self.recorder: Recorder | None = None
         self.errors: dict[str, int] = {}
@@ -107,6 +108,12 @@ class WorkerRecording:
             raise ConfigError(f"the additional config is a {kind}, not a dict: the compile cache cannot be marked")
         # Graphs hold binding indices: a second engine of this process has others, and so needs graphs of its own.
         vllm_config.additional_config = {**additional, KEY: {"salt": ops.SCHEMA_VERSION, "first": self._first_binding}}
+
+    def control(self, command: str = "status", arguments: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """A command to this worker's recorder, as `moe_native.control` has them; None where there is no recorder."""
+        from moe_native.control import obey
+
+        return None if self.recorder is None else obey(self.recorder, command, arguments)
 
     # The wrappers.
 
@@ -245,7 +252,7 @@ class WorkerRecording:
         self._say(layers)
         if self._bound:
             places = forward.Forward(model, recorder, parallel, self._guard) if placed else None
-            self._steps = Steps(recorder, runner, tokens="tokens" in self.config.fields, forward=places)
+            self._steps = Steps(recorder, runner, forward=places)
 
     def _follow_blocks(self, steps: Steps) -> None:
         from moe_native.vllm import prefix

@@ -216,11 +216,11 @@ class Batch(Rows):
         amendments = self._rank.amendments
         if amendments:
             steps = self._block.steps
-            ends = np.cumsum(steps["rows"].astype(np.int64))
-            for step, end in zip(steps, ends, strict=True):
+            ends, run_ends = (np.cumsum(steps[name].astype(np.int64)) for name in ("rows", "runs"))
+            for step, end, run_end in zip(steps, ends, run_ends, strict=True):
                 of_step = flags[int(end) - int(step["rows"]) : int(end)]
-                for row, count, bits in amendments.get(int(step["step"]), ()):
-                    of_step[max(row, 0) : max(row + count, 0)] |= bits
+                for late in amendments.get(int(step["step"]), ()):
+                    of_step[late.rows(runs[int(run_end) - int(step["runs"]) : int(run_end)])] |= np.uint16(late.flags)
         requests = np.repeat(runs["request"], runs["count"])
         superseded = self._rank.repeats.superseded(requests, self._all_positions, self._all_steps)
         flags[superseded] |= _SUPERSEDED

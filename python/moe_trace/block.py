@@ -39,7 +39,8 @@ class Block(abc.ABC):
     Attributes:
         first_step, last_step: numbers of its steps (with gaps where steps were lost).
         first_time_ns, last_time_ns: Unix times at which they started.
-        rows: tokens.
+        rows: tokens that are stored.
+        executed_rows: tokens that its statistics count: all that its steps executed.
         complete: False for the step in which the process died, whose rows are nobody's.
         steps, runs: the tables *steps* and *runs*.
         notes: the lines of JSON that travel with the steps.
@@ -50,6 +51,7 @@ class Block(abc.ABC):
     first_time_ns: int
     last_time_ns: int
     rows: int
+    executed_rows: int
     complete: bool = True
     steps: Any
     runs: Any
@@ -82,6 +84,11 @@ class Block(abc.ABC):
     def layers(self) -> tuple[int, ...]:
         """The layers that have rows here, ascending."""
         return tuple(sorted(layer for field, layer in self.columns if field == fmt.IDS))
+
+    @property
+    def counted_layers(self) -> frozenset[int]:
+        """The layers that its statistics count rows of."""
+        return frozenset(self.layers)
 
 
 def check_runs(steps: npt.NDArray[Any], runs: npt.NDArray[Any]) -> None:

@@ -128,6 +128,8 @@ def _note(of: dict[str, Any], args: argparse.Namespace) -> str:
     note = f" · {args.phase} only" if args.phase else ""
     note += f" · since {args.since}" if args.since else ""
     note += f" · run {args.run}" if args.run else ""
+    note += f" · {of['stored_rows']:,} stored" if of["executed_rows"] > of["stored_rows"] else ""
+    note += " · whole blocks counted at the ends" if of["warnings"] else ""
     missed = len(of["coverage"]["missed"])
     note += f" · {count(missed, 'layer')} missed" if missed else ""
     return note + (" · with losses" if of["losses"] or of["problems"] else "")
@@ -139,6 +141,10 @@ def _export(args: argparse.Namespace) -> int:
 
     trace = _open(args)
     _check_place(args.output)
+    if trace.executed_rows > trace.stored_rows:
+        if not trace.stored_rows:
+            return _fail(f"{args.trace} has counts only, and no row to export. See moe-native summary", FAILED)
+        _say(f"{trace.stored_rows:,} of {trace.executed_rows:,} rows are stored, and exported; the others are counted")
     selection = _select(trace, args)
     if args.request:
         with warnings.catch_warnings(record=True) as said:
@@ -169,6 +175,32 @@ def _recover(args: argparse.Namespace) -> int:
         return _said_verdict(_open(args)) or (LOSSY if report.problems else WHOLE)
     except moe_trace.NotATrace:
         return WHOLE  # an empty directory: a trace that nobody has begun
+
+
+def _ctl(args: argparse.Namespace) -> int:
+    """Steer what records into a trace now, without touching its server: `pause` and `resume` recording, `flush` what is
+    recorded to readers, `status`, or `set` what is stored from the next step on:
+    `set fields=ids,weights,logits layers=0-3 sample=0.1` (fields=counts for statistics alone, layers=all for all).
+    Every process that records into the trace gets the command, and one line is printed for each. Exit code 1 when
+    nobody records, or one does not answer or refuses."""
+    from moe_trace import ctl
+
+    try:
+        arguments = ctl.settings(args.settings) if args.ctl == "set" else {}
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if args.settings and args.ctl != "set":
+        raise UsageError(f"{args.ctl} takes no settings: {' '.join(args.settings)}")
+    if args.ctl == "flush":
+        arguments = {"seconds": 0.8 * args.timeout}
+    answers = ctl.send(args.trace, args.ctl, arguments, args.timeout)
+    for answer in answers:
+        name = f"{answer.directory.absolute().parent.name}/{answer.directory.name}"
+        if answer.ok:
+            print(f"{name}  {ctl.line(answer.reply)}")
+        else:
+            _say(f"{name}: {answer.reply.get('error')}")
+    return WHOLE if all(answer.ok for answer in answers) else FAILED
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -292,10 +324,19 @@ def _parser() -> argparse.ArgumentParser:
     plot = command("plot", _plot, "draw the histogram of expert usage")
     export = command("export", _export, "write rows in another format")
     recover = command("recover", _recover, "fold what crashed processes left in memory into their segments")
+    ctl = command("ctl", _ctl, "pause, resume, flush or change what records into a trace now")
     doctor = command("doctor", _doctor, "why nothing would be, or was, recorded")
 
-    for of in (summary, info, plot, export, recover):
+    for of in (summary, info, plot, export, recover, ctl):
         of.add_argument("trace", metavar="TRACE", help="a trace directory, a run or rank in it, or one segment file")
+    ctl.add_argument(
+        "ctl",
+        metavar="COMMAND",
+        choices=("pause", "resume", "flush", "status", "set"),
+        help="pause, resume, flush, status or set",
+    )
+    ctl.add_argument("settings", metavar="SETTING", nargs="*", help="of set: fields=…, layers=…, sample=…")
+    ctl.add_argument("--timeout", type=_seconds, default=10.0, metavar="SECONDS", help="how long to wait (10)")
     doctor.add_argument("trace", metavar="TRACE", nargs="?", help="a trace to look into as well")
     for of in (summary, plot, export):
         of.add_argument("--layer", type=_layers, action=_AddLayers, metavar="N", help="only these layers: 12, or 0,4-7")
@@ -318,6 +359,16 @@ def _parser() -> argparse.ArgumentParser:
         "--request", action="append", metavar="ID", help="only rows of this request; may be given several times"
     )
     return parser
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return seconds
 
 
 def _layers(text: str) -> list[int]:

@@ -290,6 +290,11 @@ def check_trace(path: str | Path) -> Iterator[Finding]:
             f"{path}: no step was recorded" + (" yet" if trace.state == "live" else ""),
             f"no request was served yet? Warm-up is not recorded{lag}",
         )
+    if trace.executed_rows > trace.stored_rows:
+        yield Finding("ok", f"{trace.executed_rows:,} rows executed, {trace.stored_rows:,} stored: the rest is counted")
+    if trace.paused.steps:
+        what = f"{count(trace.paused.steps, 'step')}, {count(trace.paused.rows, 'row')}"
+        yield Finding("ok", f"recording was paused for {what}, on request")
     for cause, loss in trace.losses.items():
         what = ", ".join(count(n, kind.removesuffix("s")) for kind, n in vars(loss).items() if n)
         yield Finding("lossy", f"lost {what}: {cause}", REMEDIES.get(cause, "see csrc/FORMAT.md, table losses"))

@@ -66,7 +66,9 @@ class FileBlock(Block):
         self.first_step, self.last_step = int(head["first_step"]), int(head["last_step"])
         self.first_time_ns, self.last_time_ns = int(head["first_time_ns"]), int(head["last_time_ns"])
         self.rows = int(head["rows"])
+        self.executed_rows = int(head["executed"]) or self.rows
         self.number = int(head["number"])
+        self.step_count = int(head["steps"])
         self.complete = complete
         self._columns: dict[tuple[int, int], list[list[Plane]] | None] = {}
 
@@ -268,7 +270,8 @@ class FileBlock(Block):
 
     @property
     def counted_layers(self) -> frozenset[int]:
-        """The layers of which its statistics have rows."""
+        if not self.complete:
+            return frozenset(self.layers)
         groups = self._table(fmt.STAT_GROUPS)
         return frozenset(groups["layer"][groups["rows"] > 0].tolist())
 

@@ -42,7 +42,7 @@ BLOCK = np.dtype(
         ("entries", "<u4"), ("block_bytes", "<u8"), ("number", "<u8"), ("first_step", "<u8"), ("last_step", "<u8"),
         ("steps", "<u4"), ("rows", "<u4"), ("first_time_ns", "<i8"), ("last_time_ns", "<i8"),
         ("directory_stored", "<u4"), ("directory_raw", "<u4"), ("directory_crc", "<u4"), ("fragments", "<u4"),
-        ("zero", "V36"), ("crc", "<u4"),
+        ("executed", "<u8"), ("zero", "V28"), ("crc", "<u4"),
     ]
 )  # fmt: skip
 ENTRY = np.dtype(
@@ -87,11 +87,12 @@ TABLES: dict[int, np.dtype[Any]] = {
     ),
 }  # fmt: skip
 
-CAUSES = ("ring_full", "too_large", "aborted", "bad_input", "no_lane", "incomplete", "io_error")
+CAUSES = ("ring_full", "too_large", "aborted", "bad_input", "no_lane", "incomplete", "io_error", "paused")
 PHASES = ("unknown", "prefill", "decode")
 MODALITIES = ("unknown", "text", "image", "video", "audio")
 RUN_FLAGS = {"recomputed": 1, "rejected": 2, "superseded": 4, "discarded": 8, "undecided": 16}
 CLASS_RECOMPUTED, CLASS_DRAFT = 1 << 7, 1 << 8
+RUN_COUNTED = 0x8000  # in a ring only: the rows of this run are counted, and not stored
 
 
 def parse_json(text: bytes | str) -> Any:

@@ -7,7 +7,7 @@ The object (`"format": "moe-native info"`, `"version": 1`; later versions may ad
 |---|---|
 | `metadata` | of the newest rank: csrc/FORMAT.md, section 6, without `layers` |
 | `recorded` | `{"ids": "uint8", …}`: the columns of the newest rows and their types; several types are joined by `/` |
-| `steps`, `rows` | executed steps and tokens, over all data-parallel ranks; of the stages of a pipeline, the most |
+| `steps`, `rows` | executed steps, and tokens that are stored; of the stages of a pipeline, the most |
 | `layer_rows` | rows of layers: the sum over layers of their tokens |
 | `requests` | how many requests have a name (one in several runs is counted once) |
 | `bytes`, `bytes_per_layer_row` | of all segment files; `bytes / layer_rows`, null without rows |

@@ -57,20 +57,40 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Amendment:
+    """A late fact about rows of a step: flags to set for `count` rows from `row` on or, where a request is named, for
+    its rows at positions from `position` on."""
+
+    row: int
+    count: int
+    flags: int
+    request: int | None = None
+    position: int = 0
+
+    def rows(self, runs: npt.NDArray[Any]) -> npt.NDArray[np.bool_] | slice:
+        """Which rows of a step with these runs it is about."""
+        if self.request is None:
+            return slice(max(self.row, 0), max(self.row + self.count, 0))
+        counts = runs["count"].astype(np.int64)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        positions = np.repeat(runs["position"].astype(np.int64), counts) + within
+        mine = np.repeat(runs["request"] == self.request, counts)
+        asked: npt.NDArray[np.bool_] = mine & (positions >= self.position) & (positions < self.position + self.count)
+        return asked
+
+
+@dataclass(frozen=True)
 class Notes:
-    """Attributes:
-    requests: by their index in *runs*.
-    amendments: late facts by step: (first row, count, flags to set).
-    """
+    """What a rank's notes say: its requests by their index in *runs*, and late facts by step."""
 
     requests: dict[int, Request]
-    amendments: dict[int, list[tuple[int, int, int]]]
+    amendments: dict[int, list[Amendment]]
 
 
 def read_notes(blocks: Iterable[Block], run: str, problems: list[str]) -> Notes:
     """The notes of a rank's blocks; what cannot be read is added to `problems`."""
     requests: dict[int, Request] = {}
-    amendments: dict[int, list[tuple[int, int, int]]] = {}
+    amendments: dict[int, list[Amendment]] = {}
     for block in blocks:
         try:
             notes = block.notes
@@ -88,7 +108,10 @@ def read_notes(blocks: Iterable[Block], run: str, problems: list[str]) -> Notes:
             elif kind == "amend" and all(isinstance(note.get(key), int) for key in ("step", "row", "count")):
                 names = note.get("set")
                 flags = sum(bit for name, bit in fmt.RUN_FLAGS.items() if isinstance(names, list) and name in names)
-                amendments.setdefault(note["step"], []).append((note["row"], note["count"], flags))
+                whose = note.get("request"), note.get("position")
+                known = all(isinstance(number, int) for number in whose)
+                late = Amendment(note["row"], note["count"], flags, *(whose if known else (None, 0)))
+                amendments.setdefault(note["step"], []).append(late)
     return Notes(requests, amendments)
 
 

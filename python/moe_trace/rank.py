@@ -17,7 +17,7 @@ from moe_trace.block import Block
 from moe_trace.errors import DamagedTrace, TraceError, TraceNotFound
 from moe_trace.file_block import FileBlock
 from moe_trace.files import read_plain
-from moe_trace.notes import Notes, Repeats, Request, read_notes
+from moe_trace.notes import Amendment, Notes, Repeats, Request, read_notes
 from moe_trace.owner import held, process_lives
 from moe_trace.ring import Ring
 from moe_trace.ring_block import RingBlock
@@ -200,13 +200,15 @@ class Rank:
                     written[int(lane["lane"])] = max(written.get(int(lane["lane"]), 0), int(lane["last"]))
             except DamagedTrace as error:  # its steps are known all the same
                 self._problems.append(str(error))
-            if block.complete and block.rows:
+            if block.complete and block.step_count:
                 after_step = max(after_step, block.last_step)
             if len(written) == self.ring.lanes and after_step >= 0:
                 break
         exact = self.metadata.get("weights_dtype") == "exact"
         cut = self.cut_step
         blocks = self.ring.blocks(written, after_step, exact, (cut.first_step, cut.pieces()) if cut else (-1, ()))
+        if cut is not None and self.cut_step_was_counted:
+            blocks = [block for block in blocks if block.first_step != cut.first_step]
         chains = {lane: self.ring.chain(lane, written.get(lane, 0)) for lane in range(self.ring.lanes)}
         return blocks, {lane: (chain[0].sequence, chain[-1].sequence) for lane, chain in chains.items() if chain}
 
@@ -236,6 +238,12 @@ class Rank:
     def cut_step_was_aborted(self) -> bool:
         """Whether the ring says that the program gave that step up."""
         return self.cut_step is not None and self.ring is not None and self.cut_step.first_step in self.ring.aborted
+
+    @property
+    def cut_step_was_counted(self) -> bool:
+        """Whether no row of that step was to be stored: its fragments have none, and its counts died with the
+        process."""
+        return self.cut_step is not None and not self.cut_step.pieces()
 
     def blocks(self, newest_first: bool = False) -> Iterator[Block]:
         """All blocks, in the order of their steps. Each is made anew, so that what was read of it is freed with it."""
@@ -267,13 +275,17 @@ class Rank:
         )
         table = next((table for table in tables if table is not None), ())  # the newest has the totals
         found = {int(loss["cause"]): (int(loss["steps"]), int(loss["layers"]), int(loss["rows"])) for loss in table}
+        cut = self.cut_step
+        if cut is not None and self.cut_step_was_counted and not self.cut_step_was_aborted:
+            steps, layers, rows = found.get(_INCOMPLETE, (0, 0, 0))
+            found[_INCOMPLETE] = (steps + 1, layers, rows + cut.executed_rows)
         for block in self.ring_blocks:
             if block.incomplete_layers:
                 steps, layers, rows = found.get(_INCOMPLETE, (0, 0, 0))
                 found[_INCOMPLETE] = (
                     steps,
                     layers + block.incomplete_layers,
-                    rows + block.incomplete_layers * block.rows,
+                    rows + block.incomplete_layers * block.executed_rows,
                 )
         return found
 
@@ -294,8 +306,8 @@ class Rank:
     def coverage(self) -> list[Layer]:
         """The ledger, where a layer that has no row in all of the steps is missed, whatever the recorder expected."""
         there = self._layers_with_rows
-        steps = sum(int(i["steps"][(i["kind"] == fmt.ROWS_BLOCK) & (i["rows"] > 0)].sum()) for i in self._indices())
-        steps += sum(block.complete and block.rows > 0 for block in self.ring_blocks)
+        steps = sum(_steps_with_rows(segment) for segment in self.segments)
+        steps += sum(block.complete and block.executed_rows > 0 for block in self.ring_blocks)
         if not steps or any(segment.problems for segment in self.segments):  # it may be what is damaged that has them
             return self.ledger
         detail = f"not one row in the {count(steps, 'step')} of {self.run}/{self.name}"
@@ -309,7 +321,7 @@ class Rank:
     @cached_property
     def _layers_with_rows(self) -> frozenset[int]:
         found = {layer for segment in self.segments for layer in segment.layers}
-        return frozenset(found.union(*(block.layers for block in self.ring_blocks if block.rows)))
+        return frozenset(found.union(*(block.layers for block in self.ring_blocks if block.executed_rows)))
 
     @cached_property
     def layers(self) -> frozenset[int]:
@@ -326,8 +338,8 @@ class Rank:
         return self._notes.requests
 
     @property
-    def amendments(self) -> dict[int, list[tuple[int, int, int]]]:
-        """Late facts by step: (first row, count, flags to set)."""
+    def amendments(self) -> dict[int, list[Amendment]]:
+        """Late facts by step."""
         return self._notes.amendments
 
     @cached_property
@@ -353,7 +365,13 @@ class Rank:
         if self._only is None and any(b - a != 1 for a, b in pairwise(numbers)):
             problems.append(f"{self.directory} lacks a segment between others: rows are missing")
         cut = [block.first_step for block in self.ring_blocks if not block.complete]
-        if ring is None and self.cut_step is not None:
+        if self.cut_step is not None and self.cut_step_was_counted:
+            if not self.cut_step_was_aborted:
+                problems.append(
+                    f"the process died in {self.directory} while step {self.cut_step.first_step} left its ring, "
+                    "of which no row was to be stored: its counts are lost"
+                )
+        elif ring is None and self.cut_step is not None:
             cut.append(self.cut_step.first_step)
         problems += ring.problems if ring is not None else []
         problems += [
@@ -384,6 +402,12 @@ class Rank:
         for segment in self.segments:
             segment.add_statistics(into, wanted)
 
+    @cached_property
+    def row_totals(self) -> tuple[int, int]:
+        """Tokens that are stored, and tokens that the statistics count."""
+        parts: list[Segment | RingBlock] = [*self.segments, *self.ring_blocks]
+        return sum(part.stored_rows for part in parts), sum(part.executed_rows for part in parts)
+
     def times(self) -> npt.NDArray[np.int64]:
         """First and last start of a step, Unix nanoseconds; empty without steps."""
         indices = (index[index["steps"] > 0] for index in self._indices())
@@ -395,6 +419,14 @@ class Rank:
 
     def _indices(self) -> Iterator[npt.NDArray[Any]]:
         return (segment.index for segment in self.segments)
+
+
+def _steps_with_rows(segment: Segment) -> int:
+    """How many steps have executed a row; where rows were sampled this cannot be told, and it is all of them."""
+    index = segment.index
+    index = index[index["kind"] == fmt.ROWS_BLOCK]
+    sampled = segment.executed_rows > segment.stored_rows
+    return int(index["steps"][sampled | (index["rows"] > 0)].sum())
 
 
 def _small(value: Any) -> bool:

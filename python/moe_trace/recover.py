@@ -22,6 +22,7 @@ from moe_trace.owner import hold
 from moe_trace.rank import Rank
 from moe_trace.ring_block import RingBlock
 from moe_trace.segment import never_begun, segment_paths
+from moe_trace.statistics import Sums
 from moe_trace.trace import open as open_trace
 from moe_trace.writer import SegmentWriter
 
@@ -34,7 +35,7 @@ class Recovery:
 
     Attributes:
         ranks: directories of the dead processes that were recovered.
-        steps, rows: folded from their rings into their segments.
+        steps, rows: folded from their rings into their segments; rows that are only counted are among them.
         problems: what could not be recovered, a sentence each.
     """
 
@@ -98,8 +99,8 @@ def _recover_rank(rank: Rank, report: Recovery) -> None:
             # Fragments are completed by what the ring has of their step: it may be nothing, or that it was aborted.
             of_ring = rest.pop(0) if rest and rest[0].first_step == cut.first_step else None
             last = None if any(block.complete or block.layers for block in rest) else lanes
-            if rank.cut_step_was_aborted:
-                writer.take_back(cut.first_step, cut.fragments, last)
+            if rank.cut_step_was_aborted or rank.cut_step_was_counted:
+                writer.take_back(cut.first_step, cut.fragments, last, losses)
             else:
                 whole: Block = of_ring or cut
                 columns = {key: whole.column(*key) for key in whole.columns}
@@ -123,7 +124,7 @@ def _recover_rank(rank: Rank, report: Recovery) -> None:
     report.ranks.append(rank.directory)
     saved = [block for block in blocks if block.layers]
     report.steps += len(saved)
-    report.rows += sum(block.rows for block in saved)
+    report.rows += sum(block.executed_rows for block in saved)
     report.problems += problems
 
 
@@ -157,7 +158,7 @@ def _alike(blocks: list[RingBlock]) -> Iterator[list[RingBlock]]:
             yield group
             group, size = [], 0
         group.append(block)
-        size += sum(block.rows * width * fmt.ITEM_BYTES[dtype] for dtype, width in block.columns.values())
+        size += sum(block.executed_rows * width * fmt.ITEM_BYTES[dtype] for dtype, width in block.columns.values())
     if group:
         yield group
 
@@ -169,7 +170,12 @@ def _write(
     steps, runs = (np.concatenate([getattr(block, table) for block in group]) for table in ("steps", "runs"))
     notes = _with_requests([note for block in group for note in block.notes], runs, rank, defined)
     dtypes = {key: dtype for key, (dtype, _) in group[0].columns.items()}
-    writer.add(columns, steps, runs, notes=notes, lanes=lanes, losses=losses, stored_as=dtypes)
+    counted = None
+    if any(block.executed_rows > block.rows for block in group):
+        counted = Sums(), sum(block.executed_rows for block in group)
+        for block in group:
+            block.add_to(counted[0])
+    writer.add(columns, steps, runs, notes=notes, lanes=lanes, losses=losses, stored_as=dtypes, counted=counted)
 
 
 def _with_requests(

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from moe_trace import format as fmt
 from moe_trace.block import DTYPES, Block, Piece, check_runs
 from moe_trace.errors import DamagedTrace
-from moe_trace.statistics import LayerStats
+from moe_trace.statistics import LayerStats, Sums
 
 DESCRIPTOR = np.dtype(
     [
@@ -26,7 +26,7 @@ DESCRIPTOR = np.dtype(
 assert DESCRIPTOR.itemsize == 128
 
 LAYER_RECORD, STEP_RECORD = 1, 2
-STEP_ABORTED = 1
+STEP_ABORTED, STEP_COUNTED = 1, 4
 _UINT32, _FLOAT16 = 3, 4
 _NOTE_REQUEST, _NOTE_LINE = 1, 3
 _FIELDS = ((fmt.IDS, "ids_dtype", "k"), (fmt.WEIGHTS, "weights_dtype", "k"),
@@ -83,12 +83,12 @@ class RingBlock(Block):
         d = step.record[0] if step.record else next(iter(step.layers.values()))[0][0]
         self.first_step = self.last_step = step.number
         self.first_time_ns = self.last_time_ns = int(d["time_ns"])
-        self.rows = int(d["step_rows"])
+        self.executed_rows = int(d["step_rows"])
         columns: dict[tuple[int, int], list[Piece]] = {}
         for piece in (*fragments, *_layer_pieces(step, exact_weights)):
             columns.setdefault((piece.field, piece.layer), []).append(piece)
         if step.record is not None and int(d["tokens"]):
-            at, payload, rows = _step_parts(d)[0], step.record[1], self.rows
+            at, payload, rows = _step_parts(d)[0], step.record[1], self.executed_rows
             columns[fmt.TOKENS, fmt.NO_LAYER] = [
                 Piece(
                     fmt.TOKENS,
@@ -103,11 +103,28 @@ class RingBlock(Block):
         gaps = {layer for (_, layer), pieces in columns.items() if not self._covered(pieces)}
         self._pieces = {key: pieces for key, pieces in columns.items() if key[1] not in gaps}
         self.incomplete_layers = len(gaps)
-        self.runs = self._read_runs()
+        self._executed_runs = self._read_runs()
         self.notes = self._read_notes()
-        time_ns, rows = self.first_time_ns, self.rows
-        self.steps = np.array([(step.number, time_ns, rows, len(self.runs), 0)], fmt.TABLES[fmt.STEPS])
-        check_runs(self.steps, self.runs)
+        check_runs(self._steps(self.executed_rows, self._executed_runs), self._executed_runs)
+        self.runs, self._keep = self._stored(self._executed_runs)
+        self.rows = int(self.runs["count"].sum())
+        self.steps = self._steps(self.rows, self.runs)
+
+    def _steps(self, rows: int, runs: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.array([(self.first_step, self.first_time_ns, rows, len(runs), 0)], fmt.TABLES[fmt.STEPS])
+
+    def _stored(self, runs: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
+        """The runs whose rows are stored, and which rows these are; None for all. Fragments have the rows of all runs,
+        before it is known whose they are: there what is only counted stays, as nobody's."""
+        counted = runs["flags"] & fmt.RUN_COUNTED != 0
+        if not counted.any():
+            return runs, None
+        if self._fragments:
+            runs = runs.copy()
+            runs["request"][counted] = runs["position"][counted] = fmt.NOBODY
+            runs["flags"][counted] &= ~np.uint16(fmt.RUN_COUNTED)
+            return runs, None
+        return runs[~counted], np.repeat(~counted, runs["count"])
 
     def _covered(self, pieces: list[Piece]) -> bool:
         pieces.sort(key=lambda piece: piece.first_row)
@@ -116,11 +133,13 @@ class RingBlock(Block):
             if (piece.first_row, piece.dtype, piece.width) != (next_row, pieces[0].dtype, pieces[0].width):
                 return False
             next_row += piece.rows
-        return next_row == self.rows
+        return next_row == self.executed_rows
 
     def _read_runs(self) -> npt.NDArray[Any]:
         if self._step.record is None:
-            return np.array([(fmt.NOBODY, fmt.NOBODY, self.rows, 0, 0)], fmt.TABLES[fmt.RUNS])
+            first = next(iter(self._step.layers.values()))[0][0]
+            flags = fmt.RUN_COUNTED if int(first["flags"]) & STEP_COUNTED else 0
+            return np.array([(fmt.NOBODY, fmt.NOBODY, self.executed_rows, 0, flags)], fmt.TABLES[fmt.RUNS])
         d, payload = self._step.record
         return np.frombuffer(payload, fmt.TABLES[fmt.RUNS], int(d["runs"]))
 
@@ -149,19 +168,38 @@ class RingBlock(Block):
         return {key: (pieces[0].dtype, pieces[0].width) for key, pieces in self._pieces.items()}
 
     @property
+    def stored_rows(self) -> int:
+        """As `rows`; a segment's are called so."""
+        return self.rows
+
+    @property
     def from_ring(self) -> list[Piece]:
         """Of its columns, the pieces that no segment has yet."""
         return [piece for pieces in self._pieces.values() for piece in pieces if piece not in self._fragments]
 
     def column(self, field: int, layer: int) -> npt.NDArray[Any]:
+        rows = self._executed(field, layer)
+        return rows if self._keep is None else rows[self._keep]
+
+    def _executed(self, field: int, layer: int) -> npt.NDArray[Any]:
         parts = [piece.load() for piece in self._pieces[field, layer]]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def add_statistics(self, into: dict[int, LayerStats], wanted: Callable[[int, int], bool]) -> None:
-        classes = np.repeat(self.runs["cls"], self.runs["count"]) if self.layers else np.zeros(0, np.uint16)
+    def _counted(self) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any] | None]]:
+        """All executed rows: of each layer classes, ids and weights."""
+        runs = self._executed_runs
+        classes = np.repeat(runs["cls"], runs["count"]) if self.layers else np.zeros(0, np.uint16)
         for layer in self.layers:
-            ids = self.column(fmt.IDS, layer)
-            weights = self.column(fmt.WEIGHTS, layer) if self.has(fmt.WEIGHTS, layer) else None
+            weights = self._executed(fmt.WEIGHTS, layer) if self.has(fmt.WEIGHTS, layer) else None
+            yield layer, classes, self._executed(fmt.IDS, layer), weights
+
+    def add_to(self, sums: Sums) -> None:
+        """Add the totals of all executed rows."""
+        for counted in self._counted():
+            sums.add_rows(*counted)
+
+    def add_statistics(self, into: dict[int, LayerStats], wanted: Callable[[int, int], bool]) -> None:
+        for layer, classes, ids, weights in self._counted():
             for cls in np.unique(classes).tolist():
                 if wanted(layer, cls):
                     mine = classes == cls

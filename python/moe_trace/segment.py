@@ -249,10 +249,24 @@ class Segment:
         found: set[int] = set()
         for block in self.blocks():
             try:
-                found.update(block.layers if block.rows else ())
+                whole = block.executed_rows == block.rows
+                found.update(() if not block.executed_rows else block.layers if whole else block.counted_layers)
             except DamagedTrace as error:
                 self._say(str(error))
         return frozenset(found)
+
+    @property
+    def stored_rows(self) -> int:
+        """Tokens of its whole steps that it stores."""
+        index = self.index
+        return int(index["rows"][index["kind"] == fmt.ROWS_BLOCK].sum())
+
+    @property
+    def executed_rows(self) -> int:
+        """Tokens that its statistics count: more than it stores where they were sampled."""
+        if self._footer is not None:
+            return self._footer.executed_rows or self.stored_rows
+        return sum(block.executed_rows for block in self.blocks() if block.complete)
 
     def add_statistics(self, into: dict[int, LayerStats], wanted: Callable[[int, int], bool]) -> None:
         """Add the totals of the whole segment: from its footer, or block by block."""

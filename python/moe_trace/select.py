@@ -108,7 +108,12 @@ class Selection:
             if request is None:
                 known = list(self._trace.requests)
                 some = ", ".join(map(repr, known[:5])) + (f" and {len(known) - 5} more" if len(known) > 5 else "")
-                raise TraceError(f"there is no request {id!r} in this trace; it has {some or 'none'}")
+                kept = (
+                    " (not every request is stored: it was sampled)"
+                    if self._trace.executed_rows > self._trace.stored_rows
+                    else ""
+                )
+                raise TraceError(f"there is no request {id!r} in this trace; it has {some or 'none'}{kept}")
             runs = [run for run in request.runs if self._asked.runs is None or run in self._asked.runs]
             if len(runs) > 1:
                 which = f"{len(runs)} runs, {runs[0]} to {runs[-1]}"
@@ -361,6 +366,10 @@ class Selection:
     def stats(self) -> dict[int, LayerStats]:
         """Rows, counts, sums of weights and invalid ids of each layer, by layer. Planes are read only where a
         selection cuts through a block.
+
+        All executed rows are counted, also where only some are stored (`sample`, `fields="counts"`). A time or a range
+        of steps that cuts through a block of such rows counts the whole block, and a UserWarning says from when to when
+        the counts reach. Of requests, the stored rows are counted.
         """
         asked, layers = self._asked, self.layers
         into: dict[int, LayerStats] = {layer: LayerStats() for layer in layers}
@@ -368,22 +377,37 @@ class Selection:
         def wanted(layer: int, cls: int) -> bool:
             return layer in layers and asked.takes_class(cls)
 
+        whole: list[Block] = []
         for rank in self._ranks:
             if asked.by_class and asked.any_time:
                 rank.add_statistics(into, wanted)
             else:
-                self._add_statistics(rank, into, wanted)
+                self._add_statistics(rank, into, wanted, whole)
+        if whole:
+            first, last = min(block.first_time_ns for block in whole), max(block.last_time_ns for block in whole)
+            warnings.warn(
+                "what is counted but not stored cannot be cut: the counts include all steps of "
+                f"{count(len(whole), 'block')} that the selection cuts, from {_utc(first)} to {_utc(last)} UTC "
+                f"(steps {min(b.first_step for b in whole):,} to {max(b.last_step for b in whole):,})",
+                stacklevel=2,
+            )
         experts = self._trace.experts
         for layer, stats in into.items():
             stats.grow(experts.get(layer, 0))
         return into
 
-    def _add_statistics(self, rank: Rank, into: dict[int, LayerStats], wanted: Callable[[int, int], bool]) -> None:
+    def _add_statistics(
+        self, rank: Rank, into: dict[int, LayerStats], wanted: Callable[[int, int], bool], whole: list[Block]
+    ) -> None:
         asked = self._asked
         for block in rank.blocks():
             spans = block.first_time_ns, block.last_time_ns, block.first_step, block.last_step
             if asked.by_class and asked.covers(*spans):
                 block.add_statistics(into, wanted)
+            elif asked.by_class and block.executed_rows > block.rows:
+                if not asked.misses(*spans):  # there are no rows to count one by one
+                    block.add_statistics(into, wanted)
+                    whole.append(block)
             elif (batch := self._batch(rank, block, asked)) is not None:
                 for layer in batch.layers:
                     ids = batch.column(fmt.IDS, layer)
@@ -401,7 +425,14 @@ class Selection:
         return self._per_expert([stats.weight_sums for _, stats in sorted(self.stats().items())], np.float64)
 
     def first_choice_counts(self) -> npt.NDArray[np.int64]:
-        """How often each expert had the largest weight of a row: int64, of the shape of `counts()`. Reads planes."""
+        """How often each expert had the largest weight of a row: int64, of the shape of `counts()`. Reads planes, so it
+        is of the rows that are stored. Raises TraceError where all rows are only counted.
+        """
+        if self._trace.executed_rows and not self._trace.stored_rows:
+            raise TraceError(
+                f"{self._trace.path} has counts only and no rows, and first choices are counted from rows. "
+                "To store some, record with other fields than counts, and sample above 0"
+            )
         into = {layer: np.zeros(self._trace.experts.get(layer, 0), np.int64) for layer in self.layers}
         for batch in self.batches():
             for layer in batch.layers:
@@ -449,6 +480,10 @@ def _codes(words: Sequence[str], known: Sequence[str], what: str, old: frozenset
             raise ValueError(f"{word!r} is no {what}: use {', '.join(known)}")
     codes = frozenset(known.index(word) for word in words)
     return codes if old is None else codes & old
+
+
+def _utc(ns: int) -> str:
+    return str(np.datetime64(ns, "ns").astype("datetime64[ms]")).replace("T", " ")
 
 
 def _unix_ns(when: Moment) -> int:

@@ -26,7 +26,12 @@ PREFIX = "MOE_NATIVE_"
 
 SETTINGS: tuple[Setting, ...] = (
     Setting("MOE_NATIVE_TRACE", "trace", "directory of the trace; recording is on when it is set", ""),
-    Setting("MOE_NATIVE_FIELDS", "fields", "columns to record: ids, weights, logits, hidden, tokens", "ids,weights"),
+    Setting(
+        "MOE_NATIVE_FIELDS",
+        "fields",
+        "columns to record: ids, weights, logits, hidden, tokens; or counts: statistics and no rows",
+        "ids,weights",
+    ),
     Setting("MOE_NATIVE_LAYERS", "layers", "layers to record, as in 0,4-7; all when not set", ""),
     Setting("MOE_NATIVE_MAX_BYTES", "max_bytes", "room for the whole trace; the oldest segments are deleted", ""),
     Setting(
@@ -39,6 +44,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("MOE_NATIVE_OVERFLOW", "overflow", "when the ring is full: drop (count the loss) or block (wait)", "drop"),
     Setting("MOE_NATIVE_WEIGHTS_DTYPE", "weights_dtype", "how weights are stored: float16 or exact", "float16"),
     Setting("MOE_NATIVE_FLUSH_SECONDS", "flush_seconds", "how old a row gets before readers can see it", "10"),
+    Setting(
+        "MOE_NATIVE_SAMPLE", "sample", "share of requests whose rows are stored, 0 to 1; all rows are counted", "1"
+    ),
 )
 
 # Read by the build, not by a recorder; doctor must not take it for a typing error.

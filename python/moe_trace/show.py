@@ -80,6 +80,8 @@ def summary(out: Console, of: dict[str, Any]) -> None:
         for line in _over_all(of["all"], len(of["layers"])):
             _hang(out, line, 23)
     out.print()
+    for warning in of["warnings"]:
+        _hang(out, _line(f"note      {warning}", "yellow"), 10)
     for line in _losses_and_coverage(of):
         _hang(out, line, 10)
 
@@ -90,7 +92,7 @@ def info(out: Console, of: dict[str, Any]) -> None:
     out.print()
     facts = [
         ("recorded", ", ".join(f"{name} ({dtype})" for name, dtype in of["recorded"].items()) or "no rows"),
-        ("rows", f"{of['rows']:,} in {count(of['steps'], 'step')}; {of['layer_rows']:,} rows of layers"),
+        ("rows", f"{_rows(of)} in {count(of['steps'], 'step')}; {of['layer_rows']:,} rows of layers"),
         ("requests", f"{of['requests']:,}"),
     ]
     each = of["bytes_per_layer_row"]
@@ -224,7 +226,24 @@ def _over_all(whole: dict[str, Any], layers: int) -> Iterator[Text]:
         yield _line(f"  top by expert id     {top}; added up over the layers")
 
 
+def _rows(of: dict[str, Any]) -> str:
+    """How many rows there are, where not all are stored."""
+    if of["executed_rows"] <= of["stored_rows"]:
+        return f"{of['stored_rows']:,}"
+    why = "counts only" if of["fields"] == ["counts"] else f"sample {_share(of['sample'])}"
+    return f"{of['executed_rows']:,} executed, {of['stored_rows']:,} stored ({why})"
+
+
+def _share(sample: Any) -> str:
+    return f"{100 * sample:g} %" if isinstance(sample, (int, float)) else "unknown"
+
+
 def _losses_and_coverage(of: dict[str, Any]) -> Iterator[Text]:
+    if of["executed_rows"] > of["stored_rows"]:
+        yield _line(f"rows      {_rows(of)}")
+    if of["paused"]["steps"]:
+        what = ", ".join(count(of["paused"][key], key[:-1]) for key in ("steps", "rows"))
+        yield _line(f"paused    {what} not recorded, on request", "yellow")
     lost = [loss for loss in of["losses"] if loss["steps"] or loss["layers"] or loss["rows"]]
     if not lost:
         yield _line("losses    none", "green")

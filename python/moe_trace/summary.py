@@ -8,6 +8,10 @@ The object (`"format": "moe-native summary"`, `"version": 1`; later versions may
 | `state` | `closed`, `live` (a process is recording) or `crashed` (its owner died; what it had committed is counted) |
 | `complete` | false when there is any loss, problem or missed layer; the next three say which |
 | `losses` | list of `{"cause", "steps", "layers", "rows"}`: totals of the whole trace, whatever was selected |
+| `stored_rows`, `executed_rows` | tokens of the whole trace that are stored, and that are counted: more, |
+| | where requests were sampled, or with the field `counts` |
+| `fields`, `sample` | what the newest rank stores: names of fields or `["counts"]`, and the share of requests |
+| `paused` | `{"steps", "rows"}` that were not recorded because recording was paused, on request; no loss |
 | `deleted_segments` | the oldest segments, deleted to keep the trace within its max_bytes; no loss |
 | `whole_since` | ISO 8601 in UTC: since when all steps are there, if segments were deleted; else null |
 | `problems` | list of sentences: torn or damaged segments, rings that could not be read |
@@ -16,6 +20,7 @@ The object (`"format": "moe-native summary"`, `"version": 1`; later versions may
 | `stages`, `shards` | how many of the ranks are the pipeline stages and the sequence-parallel shards of one of them |
 | `first_time`, `last_time` | of the whole trace: ISO 8601 in UTC, or null without a step |
 | `selection` | `{"layers", "phase", "since", "run"}` as asked for, null for all |
+| `warnings` | list of sentences: where the counts are of more than was selected |
 | `layers` | list, an object for each layer that was recorded and selected; below |
 | `all` | over these layers; below |
 
@@ -32,6 +37,7 @@ and `imbalance` `{"mean", "max", "max_layer"}`, where the mean is unweighted, ov
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -57,7 +63,9 @@ def summarize(
     asked: what the user selected by, for the key `selection`. Block statistics are all that is read, unless the
     selection cuts through blocks (by time or request).
     """
-    stats = selection.stats()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        stats = selection.stats()
     ledger = {entry.layer: entry for entry in trace.coverage}
     layers: list[dict[str, Any]] = []
     counts: list[npt.NDArray[np.int64]] = []
@@ -81,6 +89,7 @@ def summarize(
         "model": trace.metadata.get("model"),
         **standing(trace),
         "selection": {"layers": None, "phase": None, "since": None, "run": None, **asked},
+        "warnings": [str(warning.message) for warning in said],
         "layers": layers,
         "all": of_all(layers, counts),
     }
@@ -101,6 +110,11 @@ def standing(trace: Trace) -> dict[str, Any]:
             {"cause": cause, "steps": loss.steps, "layers": loss.layers, "rows": loss.rows}
             for cause, loss in trace.losses.items()
         ],
+        "stored_rows": trace.stored_rows,
+        "executed_rows": trace.executed_rows,
+        "fields": trace.metadata.get("fields"),
+        "sample": trace.metadata.get("sample", 1.0),
+        "paused": {"steps": trace.paused.steps, "rows": trace.paused.rows},
         "deleted_segments": trace.deleted_segments,
         "whole_since": _iso(trace.whole_since),
         "problems": list(trace.problems),

@@ -14,7 +14,7 @@ from typing import Any
 from moe_trace import format as fmt
 from moe_trace.batch import Filter
 from moe_trace.errors import NotATrace, TraceError, TraceNotFound
-from moe_trace.joined import absent
+from moe_trace.joined import absent, groups
 from moe_trace.notes import Request
 from moe_trace.rank import Layer, Rank
 from moe_trace.segment import segment_paths
@@ -22,6 +22,7 @@ from moe_trace.select import Selection
 from moe_trace.units import count
 
 ASK_THE_DOCTOR = ". 'moe-native doctor' says why nothing was recorded"  # who is the doctor leaves it out
+PAUSED = "paused"  # a cause, but no loss
 _STATUSES = ("missed", "derived", "exact", "skipped")  # where ranks or runs differ, the first of these is what is said
 
 
@@ -105,14 +106,40 @@ class Trace(Selection):
 
     @cached_property
     def losses(self) -> Mapping[str, Loss]:
-        """What was lost, by cause (csrc/FORMAT.md, table *losses*); empty when nothing was."""
+        """What was lost, by cause (csrc/FORMAT.md, table *losses*); empty when nothing was. What was not recorded
+        because recording was paused is no loss, but `paused`.
+        """
         totals: dict[str, Loss] = {}
         for rank in self.ranks:
             for cause, (steps, layers, rows) in rank.losses.items():
                 name = fmt.CAUSES[cause] if cause < len(fmt.CAUSES) else f"cause {cause}"
+                if name == PAUSED:
+                    continue
                 old = totals.get(name, Loss())
                 totals[name] = Loss(old.steps + steps, old.layers + layers, old.rows + rows)
         return totals
+
+    @cached_property
+    def paused(self) -> Loss:
+        """What was executed while recording was paused, and so is not in the trace: steps, and rows of them."""
+        found = [rank.losses.get(fmt.CAUSES.index(PAUSED), (0, 0, 0)) for rank in self.ranks]
+        return Loss(sum(steps for steps, _, _ in found), 0, sum(rows for _, _, rows in found))
+
+    @cached_property
+    def executed_rows(self) -> int:
+        """Number of tokens that `counts()` counts: those of `rows`, and those of which no row is stored (`sample` below
+        1, or `fields="counts"`)."""
+        return self._row_totals(1)
+
+    @cached_property
+    def stored_rows(self) -> int:
+        """Number of tokens that are stored, as the headers of the blocks say: `rows`, without reading the blocks."""
+        return self._row_totals(0)
+
+    def _row_totals(self, which: int) -> int:
+        """Stages of a pipeline record the same tokens: the most of them counts."""
+        shards = [shard for group in groups(self.ranks) for shard in group]
+        return sum(max(rank.row_totals[which] for rank in shard) for shard in shards)
 
     @property
     def problems(self) -> list[str]:
@@ -171,6 +198,10 @@ class Trace(Selection):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of rows that not all stages have
             rows = count(self.rows, "row")
+        if self.executed_rows > self.stored_rows:
+            rows = f"{count(self.executed_rows, 'row')} executed, {self.stored_rows:,} stored"
+        if self.paused.steps:
+            whole += f", paused for {count(self.paused.steps, 'step')}"
         size = f"{rows} x {count(len(self.layers), 'layer')}, {count(len(self.runs), 'run')}"
         return f"<moe_trace.Trace {self.path}: {model}, {size}, {self.state}, {whole}>"
 

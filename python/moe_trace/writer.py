@@ -142,6 +142,8 @@ class SegmentWriter:
             self._index += block.index_items
             self._next_block = max(self._next_block, block.number + 1)
             if block.complete:
+                self._rows += block.rows
+                self._executed += block.executed_rows
                 with contextlib.suppress(DamagedTrace):  # its rows cannot be counted; that the block is damaged is said
                     self._sum.add_tables(*block.statistics_tables())
         self._file = os.open(segment.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -152,6 +154,7 @@ class SegmentWriter:
         self._losses = losses
         self._index: list[tuple[int, ...]] = []
         self._sum = Sums()
+        self._rows = self._executed = 0
         self._next_block = 0
 
     def add(
@@ -166,6 +169,7 @@ class SegmentWriter:
         stored_as: Mapping[tuple[int, int], int] | None = None,
         fragments: int = 0,
         rest: Sequence[Piece] = (),
+        counted: tuple[Sums, int] | None = None,
     ) -> None:
         """Append a rows block.
 
@@ -177,6 +181,8 @@ class SegmentWriter:
             stored_as: dtype codes of columns; of use for bfloat16, whose values come as float32.
             fragments: how many fragment blocks at the end of the segment belong to this block, which then has one step.
             rest: with fragments, the pieces of the columns that these do not have.
+            counted: the sums of all rows that the steps executed, and how many tokens these are, where not all of them
+                are in the columns. None: they are.
 
         Raises:
             ValueError: the parts do not fit together.
@@ -184,7 +190,7 @@ class SegmentWriter:
         rows = int(steps["rows"].sum())
         if int(runs["count"].sum()) != rows or int(steps["runs"].sum()) != len(runs):
             raise ValueError("the runs do not add up to the steps' rows")
-        entries, sums = _Entries(), Sums()
+        entries, sums = _Entries(), counted[0] if counted else Sums()
         classes = np.repeat(runs["cls"], runs["count"])
         for (field, layer), values in columns.items():
             if values.ndim != 2 or len(values) != rows:
@@ -192,9 +198,9 @@ class SegmentWriter:
                     f"{fmt.FIELD_NAMES[field]} of layer {layer} have the shape {values.shape}, "
                     f"the steps have {rows} rows"
                 )
-            if not fragments:
+            if not fragments and rows:
                 entries.column(field, layer, values, (stored_as or {}).get((field, layer)))
-            if field == fmt.IDS:
+            if field == fmt.IDS and counted is None:
                 sums.add_rows(layer, classes, values, columns.get((fmt.WEIGHTS, layer)))
         for piece in rest:
             entries.column(piece.field, piece.layer, piece.load(), piece.dtype, piece.first_row)
@@ -204,13 +210,19 @@ class SegmentWriter:
             "steps": len(steps), "rows": rows, "first_step": int(numbers[0]), "last_step": int(numbers[-1]),
             "first_time_ns": int(times.min()), "last_time_ns": int(times.max()),
         }  # fmt: skip
-        self._add(entries, steps, runs, sums, notes, lanes, losses, span, fragments)
+        self._add(entries, steps, runs, sums, notes, lanes, losses, span, fragments, counted[1] if counted else rows)
 
-    def take_back(self, step: int, fragments: int, lanes: npt.NDArray[Any] | None = None) -> None:
+    def take_back(
+        self,
+        step: int,
+        fragments: int,
+        lanes: npt.NDArray[Any] | None = None,
+        losses: npt.NDArray[Any] | None = None,
+    ) -> None:
         """Append the block that says of the fragments at the end of the segment that their step was aborted."""
         steps, runs = (np.zeros(0, fmt.TABLES[field]) for field in (fmt.STEPS, fmt.RUNS))
         span = {"steps": 0, "rows": 0, "first_step": step, "last_step": step, "first_time_ns": 0, "last_time_ns": 0}
-        self._add(_Entries(), steps, runs, Sums(), (), lanes, None, span, fragments)
+        self._add(_Entries(), steps, runs, Sums(), (), lanes, losses, span, fragments, 0)
 
     def _add(
         self,
@@ -223,6 +235,7 @@ class SegmentWriter:
         losses: npt.NDArray[Any] | None,
         span: dict[str, int],
         fragments: int,
+        executed: int,
     ) -> None:
         tables = sums.tables()
         for field, table in (
@@ -237,7 +250,12 @@ class SegmentWriter:
         entries.table(fmt.LANES, np.zeros(0, fmt.TABLES[fmt.LANES]) if lanes is None else lanes)
         self._losses = self._losses if losses is None else losses
         entries.table(fmt.LOSSES, self._losses)
-        block = entries.block(kind=fmt.ROWS_BLOCK, number=self._next_block, fragments=fragments, **span)
+        widened = 0 if executed == span["rows"] else executed
+        block = entries.block(
+            kind=fmt.ROWS_BLOCK, number=self._next_block, fragments=fragments, executed=widened, **span
+        )
+        self._rows += span["rows"]
+        self._executed += executed
         self._index.append((self._end, len(block), fmt.ROWS_BLOCK, *span.values()))
         self._append(block)
         self._sum.add_tables(*tables)
@@ -266,6 +284,7 @@ class SegmentWriter:
         entries.table(fmt.LOSSES, self._losses)
         footer_at = self._end
         span = {"first_step": self._index[0][5], "last_step": self._index[-1][6]} if self._index else {}
+        span["executed"] = 0 if self._executed == self._rows else self._executed
         # A reader may have the file mapped, so it must not become shorter: what a crash left torn behind the last whole
         # block becomes padding of the footer.
         torn = os.fstat(self._file).st_size - fmt.TRAILER.itemsize - footer_at

@@ -26,7 +26,7 @@ struct StepRecorderTest : testing::Test {
   // steps_begun = steps_committed + lost steps
   void expect_adds_up() const {
     uint64_t lost = 0;
-    for (size_t c = 0; c < kLossCauses; ++c) lost += t.ring.losses(static_cast<Loss>(c)).steps;
+    for (size_t c = 0; c < static_cast<size_t>(Loss::kPaused); ++c) lost += t.ring.losses(static_cast<Loss>(c)).steps;
     EXPECT_EQ(count(kStepsBegun), count(kStepsCommitted) + lost);
   }
 
@@ -191,15 +191,46 @@ TEST_F(StepRecorderTest, OnlyOneStepAtATime) {
   recorder.abort_step();
 }
 
-TEST_F(StepRecorderTest, PausedStepsAreNoLosses) {
+TEST_F(StepRecorderTest, PausedStepsAreCountedApartAndHaveNumbersAllTheSame) {
   const RowSpan span{0, 1};
+  const RowSpan paused[] = {{0, 3}, {5, 4}};
   recorder.pause(true);
+  EXPECT_TRUE(recorder.paused());
+  EXPECT_EQ(recorder.begin_step(paused), Begun::kPaused);
   EXPECT_EQ(recorder.begin_step({&span, 1}), Begun::kPaused);
   recorder.pause(false);
+  EXPECT_EQ(recorder.step_number(), 1);
+  EXPECT_EQ(t.ring.losses(Loss::kPaused).steps, 2u);
+  EXPECT_EQ(t.ring.losses(Loss::kPaused).rows, 8u);
   EXPECT_EQ(recorder.begin_step({&span, 1}), Begun::kAdmitted);
   recorder.abort_step();
   EXPECT_EQ(count(kStepsBegun), 1u);
-  EXPECT_EQ(recorder.step_number(), 1);  // they have numbers all the same
+  EXPECT_EQ(recorder.step_number(), 2);
+  expect_adds_up();
+}
+
+TEST_F(StepRecorderTest, FieldsAndLayersChangeBetweenSteps) {
+  const auto layers = test::bind_layers(recorder, 2, 60, 4);
+  const Routed routed(3, 4, 60);
+  ASSERT_TRUE(test::record_step(recorder, layers, routed, {run(0, 0, 3)}, "", 0, true));
+  recorder.configure(kFieldIds | kFieldLogits, true);
+  recorder.enable(*layers[0], false);
+  ASSERT_TRUE(test::record_step(recorder, layers, routed, {run(0, 3, 3)}, "", 0, true));
+  for (int layer = 0; layer < 2; ++layer) {
+    const Descriptor* d = next();
+    EXPECT_EQ(d->layer, layer);
+    EXPECT_NE(d->weights_dtype, DType::kNone);
+    EXPECT_EQ(d->flags, 0u);
+  }
+  EXPECT_EQ(next()->kind, RecordKind::kStep);
+  const Descriptor* d = next();
+  EXPECT_EQ(d->layer, 1);
+  EXPECT_EQ(d->weights_dtype, DType::kNone);
+  EXPECT_EQ(d->logits_dtype, DType::kF32);
+  EXPECT_EQ(d->flags, kStepCounted);
+  EXPECT_EQ(next()->kind, RecordKind::kStep);
+  EXPECT_EQ(t.ring.losses(Loss::kIncomplete).layers, 0u);  // the layer was not asked for
+  expect_adds_up();
 }
 
 TEST_F(StepRecorderTest, BadInputIsCountedSaidOnceAndHarmless) {

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 
 #include "codec/planes.h"
@@ -78,6 +79,64 @@ TEST_F(BlockBuilderTest, ColumnsAreWhatTheRouterGave) {
       EXPECT_EQ(std::bit_cast<float>(bits), i < 180 ? a.logits[i] : b.logits[i - 180]);
     }
   }
+}
+
+Run counted(Run run) {
+  run.flags |= kRunCounted;
+  return run;
+}
+
+TEST_F(BlockBuilderTest, RunsThatAreOnlyCountedLeaveNoRow) {
+  const auto layers = test::bind_layers(recorder, 2, 60, 4);
+  const Routed a(6, 4, 60, 0), b(2, 4, 60, 3), c(3, 4, 60, 9);
+  ASSERT_TRUE(test::record_step(
+      recorder, layers, a, {counted(run(1, 0, 1, 69)), run(2, 7, 2, 70), counted(run(3, 0, 2, 69)), run(4, 0, 1, 69)},
+      "", 0, true));
+  ASSERT_TRUE(test::record_step(recorder, layers, b, {counted(run(1, 1, 2, 70))}, "", 0, true));
+  ASSERT_TRUE(test::record_step(recorder, layers, c, {run(2, 9, 3, 70)}, "", 0, true));
+  const DecodedBlock block = build();
+  EXPECT_EQ(block.header.steps, 3u);
+  EXPECT_EQ(block.header.rows, 6u);
+  EXPECT_EQ(block.header.executed, 11u);
+  for (int layer = 0; layer < 2; ++layer) {
+    std::vector<int32_t> ids;
+    for (size_t row : {1, 2, 5}) ids.insert(ids.end(), a.ids.begin() + row * 4, a.ids.begin() + row * 4 + 4);
+    ids.insert(ids.end(), c.ids.begin(), c.ids.end());
+    const std::string& stored = block.at(EntryField::kIds, layer);
+    ASSERT_EQ(stored.size(), ids.size());
+    for (size_t i = 0; i < ids.size(); ++i) EXPECT_EQ(stored[i], ids[i]);
+    EXPECT_EQ(block.at(EntryField::kWeights, layer).size(), 24u);
+    const std::string& low = block.at(EntryField::kLogits, layer, 0, 2);  // a byte of bf16's precision is enough
+    ASSERT_EQ(low.size(), 6 * 60u);
+    const auto byte = [](float value) { return static_cast<char>(std::bit_cast<uint32_t>(value) >> 16); };
+    for (size_t i = 0; i < 60; ++i) EXPECT_EQ(low[120 + i], byte(a.logits[300 + i]));
+    for (size_t i = 0; i < 180; ++i) EXPECT_EQ(low[180 + i], byte(c.logits[i]));
+  }
+  // The steps stay, with the rows that are stored; of the runs, those of stored rows.
+  for (size_t step = 0; step < 3; ++step) {
+    EXPECT_EQ(block.cell(EntryField::kSteps, step, 0, 8), step);
+    EXPECT_EQ(block.cell(EntryField::kSteps, step, 16, 4), (std::array{3u, 0u, 3u})[step]);
+    EXPECT_EQ(block.cell(EntryField::kSteps, step, 20, 4), (std::array{2u, 0u, 1u})[step]);
+  }
+  for (size_t i = 0; i < 3; ++i) {
+    EXPECT_EQ(block.cell(EntryField::kRuns, i, 0, 4), (std::array{2u, 4u, 2u})[i]);
+    EXPECT_EQ(block.cell(EntryField::kRuns, i, 14, 2), 0u);
+  }
+  // stat_groups: layer, class, k u16, items u32, rows u64. All rows, each in its own class.
+  EXPECT_EQ(block.cell(EntryField::kStatGroups, 0, 2, 2), 69u);
+  EXPECT_EQ(block.cell(EntryField::kStatGroups, 0, 10, 8), 4u);
+  EXPECT_EQ(block.cell(EntryField::kStatGroups, 1, 2, 2), 70u);
+  EXPECT_EQ(block.cell(EntryField::kStatGroups, 1, 10, 8), 7u);
+}
+
+TEST_F(BlockBuilderTest, ABlockOfWhichNothingIsStoredHasNoPlane) {
+  const auto layers = test::bind_layers(recorder, 2, 60, 4);
+  ASSERT_TRUE(test::record_step(recorder, layers, Routed(6, 4, 60), {counted(run(1, 0, 6, 69))}, "", 0, true));
+  const DecodedBlock block = build();
+  EXPECT_EQ(block.header.rows, 0u);
+  EXPECT_EQ(block.header.executed, 6u);
+  for (const DirectoryEntry& entry : block.entries) EXPECT_GE(entry.field, EntryField::kSteps);
+  EXPECT_EQ(block.cell(EntryField::kStatGroups, 1, 10, 8), 6u);
 }
 
 TEST_F(BlockBuilderTest, TablesSayWhoseRowsTheyAre) {

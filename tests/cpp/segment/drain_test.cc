@@ -274,6 +274,58 @@ TEST_F(DrainTest, AStepLargerThanTheRingIsStreamedOut) {
   }
 }
 
+TEST_F(DrainTest, WhatIsOnlyCountedIsNotStreamedOut) {
+  auto o = options(1 << 20);
+  o.overflow = Overflow::kBlock;
+  {
+    Recording recording(o);
+    recording.steps().configure(kFieldIds | kFieldWeights, true);
+    const auto layers = test::bind_layers(recording.steps(), 40, 60, 4);
+    moe_native::Run run_of_all = run(1, 0, 4000, 69);
+    run_of_all.flags = kRunCounted;
+    ASSERT_TRUE(test::record_step(recording.steps(), layers, Routed(4000, 4, 60), {run_of_all}));
+    ASSERT_TRUE(recording.drain().flush(10));
+    EXPECT_EQ(recording.drain().totals().rows.load(), 4000u);
+    EXPECT_EQ(recording.drain().totals().stored_rows.load(), 0u);
+  }
+  uint64_t next_record = 1;
+  uint32_t fragments = 0;
+  for (const DecodedBlock& block : blocks()) {
+    for (const DirectoryEntry& entry : block.entries) EXPECT_GE(entry.field, EntryField::kSteps);
+    EXPECT_EQ(block.cell(EntryField::kLanes, 0, 2, 8), next_record);  // but a recovery knows what was taken
+    next_record = block.cell(EntryField::kLanes, 0, 10, 8) + 1;
+    if (block.header.kind == BlockKind::kFragment) {
+      ++fragments;
+      continue;
+    }
+    EXPECT_EQ(block.header.fragments, fragments);
+    EXPECT_EQ(block.header.executed, 4000u);
+    for (size_t layer = 0; layer < 40; ++layer) EXPECT_EQ(block.cell(EntryField::kStatGroups, layer, 10, 8), 4000u);
+  }
+  EXPECT_GT(fragments, 1u);
+}
+
+TEST_F(DrainTest, AStreamedStepKeepsTheRowsOfAllAsNobodysWhereOnlySomeWereWanted) {
+  auto o = options(1 << 20);
+  o.overflow = Overflow::kBlock;
+  {
+    Recording recording(o);
+    const auto layers = test::bind_layers(recording.steps(), 40, 60, 4);
+    moe_native::Run other = run(1, 5, 1000, 69);
+    other.flags = kRunCounted | 1;
+    ASSERT_TRUE(test::record_step(recording.steps(), layers, Routed(4000, 4, 60), {other, run(2, 0, 3000, 70)}));
+  }
+  const DecodedBlock last = blocks().back();
+  EXPECT_GT(last.header.fragments, 0u);
+  EXPECT_EQ(last.header.rows, 4000u);
+  EXPECT_EQ(last.header.executed, 0u);
+  EXPECT_EQ(last.cell(EntryField::kRuns, 0, 0, 4), kNoRequest);
+  EXPECT_EQ(last.cell(EntryField::kRuns, 0, 4, 4), kNoRequest);
+  EXPECT_EQ(last.cell(EntryField::kRuns, 0, 12, 2), 69u);
+  EXPECT_EQ(last.cell(EntryField::kRuns, 0, 14, 2), 1u);
+  EXPECT_EQ(last.cell(EntryField::kRuns, 1, 0, 4), 2u);
+}
+
 TEST_F(DrainTest, SegmentsAreBoundedAndOldOnesGo) {
   auto o = options();
   o.overflow = Overflow::kBlock;

@@ -45,6 +45,16 @@ TEST_F(RequestTableTest, EndedRequestsAreForgottenBehindTheirBlock) {
   EXPECT_EQ(lines("", {test::run(4, 0, 1)}), Lines{});
 }
 
+TEST_F(RequestTableTest, ARequestOfWhichNoRowIsStoredIsNotDefinedAgain) {
+  lines(test::note(1, 4, "four"), {});
+  table.written();
+  table.new_segment();
+  moe_native::Run counted = test::run(4, 0, 1);
+  counted.flags = kRunCounted;
+  EXPECT_EQ(lines("", {counted}), Lines{});
+  EXPECT_EQ(lines("", {counted, test::run(4, 1, 1)}), Lines{"four"});
+}
+
 TEST_F(RequestTableTest, OtherLinesAreSaidUntilTheyAreWritten) {
   EXPECT_EQ(lines(test::note(3, 0, "amend"), {}), Lines{"amend"});
   EXPECT_EQ(lines("", {}), Lines{"amend"});

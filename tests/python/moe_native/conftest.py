@@ -33,11 +33,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """Runs `vllm_engine.py` and returns what it wrote. vLLM's caches are the tests' own, and shared among them."""
+    """Runs `vllm_engine.py`, or another script, and returns what it wrote (a list as `given`). vLLM's caches are the
+    tests' own, and shared among them."""
     pytest.importorskip("vllm", reason="vLLM is not installed here")
     cache = tmp_path_factory.mktemp("vllm_cache")
 
-    def run(job: dict[str, Any], **environment: str) -> dict[str, Any]:
+    def run(job: dict[str, Any], script: str = "vllm_engine.py", **environment: str) -> dict[str, Any]:
         directory = tmp_path_factory.mktemp("engine")
         answer = directory / "answer.json"
         env = {name: value for name, value in os.environ.items() if not name.startswith("MOE_NATIVE_")}
@@ -50,7 +51,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
             **environment,
         }
         done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("vllm_engine.py")), json.dumps(job), str(answer)],
+            [sys.executable, str(Path(__file__).with_name(script)), json.dumps(job), str(answer)],
             env=env,
             cwd=directory,
             stdout=subprocess.PIPE,
@@ -60,6 +61,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
             check=False,
         )
         assert done.returncode == 0 and answer.is_file(), done.stdout[-8000:]
-        return {**json.loads(answer.read_text()), "log": done.stdout}
+        written = json.loads(answer.read_text())
+        return {**(written if isinstance(written, dict) else {"given": written}), "log": done.stdout}
 
     return run

@@ -31,11 +31,12 @@ def test_environment(tmp_path: Path) -> None:
             "MOE_NATIVE_OVERFLOW": "Block",
             "MOE_NATIVE_WEIGHTS_DTYPE": "exact",
             "MOE_NATIVE_FLUSH_SECONDS": "0.5",
+            "MOE_NATIVE_SAMPLE": "0.01",
             "UNRELATED": "1",
         }
     )
     assert config == Config(
-        Path("/data/trace"), ("ids", "logits"), (0, 4, 5, 6), 2 << 30, 128 << 20, tmp_path, "block", "exact", 0.5
+        Path("/data/trace"), ("ids", "logits"), (0, 4, 5, 6), 2 << 30, 128 << 20, tmp_path, "block", "exact", 0.5, 0.01
     )
 
 
@@ -51,6 +52,13 @@ def test_additional_config_wins_key_by_key_and_takes_json_types() -> None:
     assert config.overflow == "block"
 
 
+def test_tiers() -> None:
+    assert Config.parse({"MOE_NATIVE_FIELDS": "Counts"}).fields == ("counts",)
+    assert Config.parse({}, {"fields": ["counts"], "sample": 0}).sample == 0.0
+    assert Config.parse({"MOE_NATIVE_LAYERS": "all"}).layers is None
+    assert Config.of_arguments(sample=0.25).recorder_arguments()["sample"] == 0.25
+
+
 @pytest.mark.parametrize("off", [None, "", False])
 def test_additional_config_can_switch_off(off: Any) -> None:
     assert Config.parse({"MOE_NATIVE_TRACE": "/a"}, {"trace": off}).trace is None
@@ -60,6 +68,11 @@ def test_additional_config_can_switch_off(off: Any) -> None:
     ("name", "value", "hint"),
     [
         ("MOE_NATIVE_FIELDS", "ids,wieghts", "ids, weights, logits, hidden, tokens"),
+        ("MOE_NATIVE_FIELDS", "counts,ids", "counts stands alone"),
+        ("MOE_NATIVE_SAMPLE", "1.01", "from 0 to 1"),
+        ("MOE_NATIVE_SAMPLE", "-0.1", "from 0 to 1"),
+        ("MOE_NATIVE_SAMPLE", "nan", "from 0 to 1"),
+        ("MOE_NATIVE_SAMPLE", "1%", "from 0 to 1"),
         ("MOE_NATIVE_LAYERS", "4-", "0,4-7"),
         ("MOE_NATIVE_LAYERS", "7-4", "range of layers"),
         ("MOE_NATIVE_LAYERS", "-1", "0,4-7"),

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import struct
 
+import numpy as np
 import pytest
 
 from moe_native import notes as module
-from moe_native.notes import Notes
+from moe_native.notes import COUNTED, Notes, SampledSteps
+from moe_native.runs import RUN_DTYPE, UNKNOWN
+from moe_native.tier import Tier
+
+ALL = Tier(("ids",))
 
 
 def unpacked(notes):
@@ -23,7 +28,7 @@ def unpacked(notes):
 
 
 def test_a_request_is_noted_once_and_again_when_more_is_known():
-    notes = Notes(limit=1 << 20)
+    notes = Notes(1 << 20, ALL)
     assert notes.request("a", {"prompt_len": 5}) == 0
     assert notes.request("b", {}) == 1
     assert notes.request("a", {}) == 0
@@ -41,13 +46,13 @@ def test_a_request_is_noted_once_and_again_when_more_is_known():
 
 
 def test_what_describes_a_request_does_not_replace_its_name():
-    notes = Notes(limit=1 << 20)
+    notes = Notes(1 << 20, ALL)
     notes.request("a", {"type": "chat", "index": 7, "id": "b"})
     assert unpacked(notes.next()) == [(1, 0, {"type": "request", "index": 0, "id": "a"})]
 
 
 def test_undelivered_notes_wait():
-    notes = Notes(limit=1 << 20)
+    notes = Notes(1 << 20, ALL)
     notes.request("a", {})
     first = notes.next()
     assert notes.next() == first
@@ -57,7 +62,7 @@ def test_undelivered_notes_wait():
 
 
 def test_a_step_carries_what_fits():
-    notes = Notes(limit=200)
+    notes = Notes(200, ALL)
     for i in range(10):
         notes.request(f"request-{i}", {})
     seen = []
@@ -70,7 +75,7 @@ def test_a_step_carries_what_fits():
 
 def test_what_no_step_can_carry_is_cut():
     """A note that does not fit would keep every later step out of the ring."""
-    notes = Notes(limit=1000)
+    notes = Notes(1000, ALL)
     notes.request("a", {"prompt": "x" * 1000})
     notes.request("y" * 1000, {})
     assert unpacked(notes.next()) == [
@@ -80,7 +85,7 @@ def test_what_no_step_can_carry_is_cut():
 
 
 def test_an_ended_request_gets_a_new_index():
-    notes = Notes(limit=1 << 20)
+    notes = Notes(1 << 20, ALL)
     notes.request("a", {})
     notes.delivered(len(notes.next()))
     notes.finish("a")
@@ -90,7 +95,7 @@ def test_an_ended_request_gets_a_new_index():
 
 
 def test_requests_that_come_and_go_while_nothing_is_recorded_leave_nothing():
-    notes = Notes(limit=1 << 20)
+    notes = Notes(1 << 20, ALL)
     for i in range(1000):
         notes.request(f"{i}", {})
         notes.finish(f"{i}")
@@ -98,7 +103,7 @@ def test_requests_that_come_and_go_while_nothing_is_recorded_leave_nothing():
 
 
 def test_a_definition_that_still_waits_when_steps_go_on_is_kept():
-    notes = Notes(limit=80)
+    notes = Notes(80, ALL)
     notes.request("a", {})
     notes.request("b", {})
     notes.delivered(len(notes.next()))  # "b" did not fit
@@ -108,7 +113,7 @@ def test_a_definition_that_still_waits_when_steps_go_on_is_kept():
 
 def test_the_oldest_is_forgotten_when_nobody_finishes_any(monkeypatch):
     monkeypatch.setattr(module, "MOST_REQUESTS", 3)
-    notes = Notes(limit=1 << 20)
+    notes = Notes(1 << 20, ALL)
     for name in "abcd":
         notes.request(name, {})
     assert len(notes) == 3
@@ -116,7 +121,7 @@ def test_the_oldest_is_forgotten_when_nobody_finishes_any(monkeypatch):
 
 
 def test_amendments():
-    notes = Notes(limit=1 << 20)
+    notes = Notes(1 << 20, ALL)
     assert not notes.amendments_wait
     notes.amend(7, 2, 3, ["rejected"])
     assert notes.amendments_wait
@@ -129,6 +134,45 @@ def test_amendments():
 
 @pytest.mark.parametrize("name", ["", "täst", 'quote"\n', "x" * 10_000])
 def test_any_name_survives(name):
-    notes = Notes(limit=1 << 20)
+    notes = Notes(1 << 20, ALL)
     notes.request(name, {})
     assert unpacked(notes.next())[0][2]["id"] == name
+
+
+def test_a_request_that_is_not_kept_leaves_no_note():
+    notes = Notes(1 << 20, Tier(("counts",)))
+    hidden = notes.request("secret", {"prompt_len": 5})
+    assert hidden == COUNTED and notes.request("other", {}) == COUNTED + 1
+    assert notes.request("secret", {"internal": "x"}) == hidden and notes.info("secret")["internal"] == "x"
+    notes.tier = ALL
+    assert notes.request("shown", {}) == 0 and notes.request("secret", {"more": 1}) == hidden  # decided once
+    notes.amend(3, 0, 1, ["rejected"], at=(hidden, 7))
+    notes.amend(3, 1, 1, ["rejected"], at=(0, 8))
+    notes.finish("secret")
+    found = unpacked(notes.next())
+    assert [line["type"] for _, _, line in found] == ["request", "amend"]
+    assert (found[1][2]["request"], found[1][2]["position"]) == (0, 8)
+    notes.delivered(2)
+    assert notes.request("secret", {}) == 1  # it ended; this is another, and it is kept
+
+
+def test_indices_wrap_around_and_never_meet():
+    notes = Notes(1 << 20, ALL)
+    notes._next = {True: COUNTED - 1, False: UNKNOWN - 1}
+    assert [notes.request(name, {}) for name in "ab"] == [COUNTED - 1, 0]
+    notes.tier = Tier(("counts",))
+    assert [notes.request(name, {}) for name in "cd"] == [UNKNOWN - 1, COUNTED]
+
+
+def test_late_facts_of_sampled_steps_are_told_by_request_and_position(monkeypatch):
+    steps = SampledSteps()
+    runs = np.array([(7, 10, 3, 0, 0), (COUNTED, 0, 2, 0, 0), (UNKNOWN, UNKNOWN, 1, 0, 0), (8, 5, 4, 0, 0)], RUN_DTYPE)
+    steps.add(4, runs)
+    assert steps.find(4, 1, 6) == [(7, 11, 2), (COUNTED, 0, 2), (8, 5, 1)]
+    assert steps.find(4, 8, 100) == [(8, 7, 2)]
+    assert steps.find(3, 0, 1) is None  # all of its rows are stored
+    monkeypatch.setattr(module, "MOST_SAMPLED_STEPS", 2)
+    for step in (5, 9):
+        steps.add(step, runs)
+    assert steps.find(4, 1, 6) == []  # too long ago: better nothing than something of other rows
+    assert steps.find(6, 0, 1) is None and steps.find(9, 0, 1) == [(7, 10, 1)]

@@ -30,6 +30,7 @@ class FakeRecorder:
         self.steps: list[list[tuple[Any, ...]]] = []
         self.tokens: list[list[int] | None] = []
         self.begun = 0
+        self.fields: tuple[str, ...] = ("ids", "weights")
         self.amended: list[tuple[int, int, int, list[str]]] = []
 
     @property
@@ -71,11 +72,11 @@ class FakeRecorder:
 class Engine:
     """A scheduler and a model runner, as far as `Steps` looks at them."""
 
-    def __init__(self, kind: str = "older", **options: Any) -> None:
+    def __init__(self, kind: str = "older") -> None:
         self.kind = kind
         self.recorder = FakeRecorder()
         self.runner = SimpleNamespace()
-        self.steps = Steps(self.recorder, self.runner, **options)  # type: ignore[arg-type]
+        self.steps = Steps(self.recorder, self.runner)  # type: ignore[arg-type]
 
     def step(
         self,
@@ -237,7 +238,8 @@ class Half:
 
 @pytest.mark.parametrize("kind", ["older", "newer"])
 def test_a_rank_that_records_a_shard_has_its_runs_tokens_and_drafts_only(kind: str) -> None:
-    engine = Engine(kind, tokens=True, forward=Half())
+    engine = Engine(kind, forward=Half())
+    engine.recorder.fields = ("ids", "tokens")
     engine.steps._forward.recorder = engine.recorder  # type: ignore[union-attr]
     assert engine.step({A: (0, 4), B: (0, 2)}, new={A: 4, B: 2}) == [("a", 3, 1, PREFILL, 0), ("b", 0, 2, PREFILL, 0)]
     assert engine.recorder.tokens == [[1003, 1000, 1001]]
@@ -362,7 +364,8 @@ def test_rows_that_do_not_add_up_are_nobodys(engine: Engine) -> None:
 
 @pytest.mark.parametrize("kind", ["older", "newer"])
 def test_tokens_are_those_of_the_rows_without_padding(kind: str) -> None:
-    engine = Engine(kind, tokens=True)
+    engine = Engine(kind)
+    engine.recorder.fields = ("ids", "tokens")  # may change while serving, so it is asked at each step
     engine.step({A: (0, 3), B: (0, 2)}, new={A: 3, B: 2})
     assert engine.recorder.tokens == [[1000, 1001, 1002, 1000, 1001]]
 

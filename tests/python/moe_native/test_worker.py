@@ -308,8 +308,9 @@ def test_sequence_parallel_ranks_record_their_rows(trace: Path, monkeypatch: pyt
     layout |= {"tensor_parallel_size": 2, "data_parallel_size": 2, "sequence_parallel": 1}
 
     class Placed(Worker):
-        def execute_model(self, output: Any) -> int:
-            self.model_runner.positions[:5] = torch.arange(output.first, output.first + 5)
+        def execute_model(self, scheduler_output: Any) -> int:
+            first_row = scheduler_output.first
+            self.model_runner.positions[:5] = torch.arange(first_row, first_row + 5)
             first, second = (runner.router for runner in list(self.model)[1:])
             self.model.forward = lambda: first.select_experts(torch.randn(8, 4), LOGITS)
             self.model()
@@ -405,3 +406,20 @@ def test_the_recorder_is_closed_without_a_shutdown(trace: Path, monkeypatch: pyt
         function()
     assert moe_trace.open(trace).complete
     made.shutdown()
+
+
+def test_commands_to_a_worker(trace: Path) -> None:
+    made = Worker()
+    worker.follow(made)
+    assert made.moe_native_ctl("status") is None  # type: ignore[attr-defined]  # nothing records yet
+    made = started()
+    control = made.moe_native_ctl  # type: ignore[attr-defined]
+    assert control()["state"] == "recording"
+    assert control("set", {"fields": "counts"})["fields"] == ["counts"]
+    made.execute_model(scheduled(0, 5, prompt=5))
+    assert control("pause")["state"] == "paused"
+    made.execute_model(scheduled(5, 1))
+    assert control("stop")["ok"] is False
+    made.shutdown()
+    read = moe_trace.open(trace)
+    assert (read.rows, read.executed_rows, read.paused.rows) == (0, 5, 1) and read.complete and not read.requests

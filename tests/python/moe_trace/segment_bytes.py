@@ -15,7 +15,8 @@ import zstandard
 
 NOBODY = 0xFFFFFFFF
 RUN_ID = bytes(range(16))
-CAUSES = ("ring_full", "too_large", "aborted", "bad_input", "no_lane", "incomplete", "io_error")
+CAUSES = ("ring_full", "too_large", "aborted", "bad_input", "no_lane", "incomplete", "io_error")  # 7 is no loss
+PAUSED = 7
 IDS, WEIGHTS, LOGITS, HIDDEN, TOKENS = 1, 2, 3, 4, 5
 STEPS, RUNS, NOTES, STAT_GROUPS, STAT_COUNTS, LANES, LOSSES, INDEX = range(16, 24)
 DTYPES = {"uint8": 1, "uint16": 2, "uint32": 3, "float16": 4, "bfloat16": 5, "float32": 6}
@@ -146,18 +147,19 @@ class Block:
     count_steps: int | None = None  # header's, where it differs from len(steps)
     losses: tuple = ()  # totals up to here
     counted: list[Step] | None = None  # what its statistics are of, where that is not `steps`
+    executed: int = 0  # rows that the statistics are of, where these are more than are stored
 
     def header(self, block_bytes, stored, raw, crc, codec):
         first, last = (self.steps[0], self.steps[-1]) if self.steps else (None, None)
         times = [step.time_ns for step in self.steps] if self.kind != 3 else []
         head = struct.pack(
-            "<4sIBBHIQQQQIIqqIIII36x",
+            "<4sIBBHIQQQQIIqqIIIIQ28x",
             b"MOEB", 128, self.kind, codec, 0, len(self.entries), block_bytes, self.number,
             first.number if first else 0, last.number if last else 0,
             len(self.steps) if self.count_steps is None else self.count_steps,
             0 if self.count_steps == 0 else sum(step.rows for step in self.steps),
             min(times, default=0), max(times, default=0),
-            stored, raw, crc, self.fragments,
+            stored, raw, crc, self.fragments, self.executed,
         )  # fmt: skip
         return head + struct.pack("<I", zlib.crc32(head))
 
@@ -205,6 +207,24 @@ def rows_block(steps, number=0, *, notes=(), lanes=(), losses=(), codec=None):
             entries += column(FIELDS[name], layer, np.concatenate([s.layers[layer][name] for s in steps]), codec=codec)
     entries += tables_of(steps) + statistics(steps) + bookkeeping(notes, lanes, losses)
     return Block(1, entries, number, list(steps), losses=losses)
+
+
+def stored_of(step, requests):
+    """The step as it is stored where only the rows of some requests are."""
+    keep = [run[0] in requests for run in step.runs]
+    rows = np.repeat(keep, [run[2] for run in step.runs])
+    layers = {n: {name: array[rows] for name, array in of.items()} for n, of in step.layers.items()}
+    runs = [run for run, kept in zip(step.runs, keep, strict=True) if kept]
+    return Step(step.number, runs, layers, None if step.tokens is None else step.tokens[rows], step.time_ns)
+
+
+def sampled_block(steps, requests, number=0, *, notes=(), lanes=(), losses=()):
+    """A rows block that stores the rows of these requests and counts all."""
+    kept = [stored_of(step, requests) for step in steps]
+    entries = rows_block(kept).entries if any(step.rows for step in kept) else tables_of(kept)
+    entries = [e for e in entries if e.head[0] <= RUNS] + statistics(steps) + bookkeeping(notes, lanes, losses)
+    executed = sum(step.rows for step in steps)
+    return Block(1, entries, number, kept, losses=losses, counted=list(steps), executed=executed)
 
 
 def fragment(step, ranges, number=0, lanes=()):
@@ -262,7 +282,9 @@ def segment(blocks, metadata=None, *, closed=True, directory_codec=0, **identity
     losses = rows_blocks[-1].losses if rows_blocks else ()
     entries = [*statistics(whole), table(INDEX, index, "QQHIIQQqq"), *bookkeeping(losses=losses)]
     ends = [step for block in (blocks[:1] + blocks[-1:]) for step in block.steps[:: max(len(block.steps) - 1, 1)]]
-    footer = Block(3, entries, number, ends[:1] + ends[-1:], count_steps=0).pack()
+    executed = sum(block.executed or sum(step.rows for step in block.steps) for block in rows_blocks)
+    widened = executed if any(block.executed for block in rows_blocks) else 0
+    footer = Block(3, entries, number, ends[:1] + ends[-1:], count_steps=0, executed=widened).pack()
     trailer = struct.pack("<QQI", len(data), len(data) + len(footer) + 32, 0)
     return data + footer + trailer + struct.pack("<I", zlib.crc32(trailer)) + b"MOEFOOT1"
 

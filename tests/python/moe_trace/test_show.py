@@ -26,6 +26,11 @@ def example(layers=2, experts=60, **changes):
         "state": "closed",
         "complete": True,
         "losses": [],
+        "stored_rows": 5000,
+        "executed_rows": 5000,
+        "fields": ["ids", "weights"],
+        "sample": 1.0,
+        "paused": {"steps": 0, "rows": 0},
         "deleted_segments": 0,
         "whole_since": None,
         "problems": [],
@@ -37,6 +42,7 @@ def example(layers=2, experts=60, **changes):
         "first_time": "2026-11-21T10:15:00Z",
         "last_time": "2026-11-21T10:15:42Z",
         "selection": {"layers": None, "phase": None, "since": None},
+        "warnings": [],
         "layers": objects,
         "all": summary.of_all(objects, counts),
     } | changes
@@ -119,6 +125,21 @@ def test_without_rows_it_says_why():
     assert "nothing recorded yet\n" in text and "0 of 0" not in text and "0 layers" not in text
     text = printed(example(0, first_time=None, complete=False, problems=["it is torn"]))
     assert "no row can be read" in text
+
+
+def test_what_is_not_stored_or_was_paused_is_said():
+    text = printed(example())
+    assert "executed" not in text and "paused" not in text and "note" not in text
+    text = printed(example(stored_rows=40, sample=0.008, paused={"steps": 1, "rows": 2}, warnings=["it reaches wider"]))
+    for line in (
+        "rows      5,000 executed, 40 stored (sample 0.8 %)",
+        "paused    1 step, 2 rows not recorded, on request",
+        "note      it reaches wider",
+    ):
+        assert line in text.splitlines()
+    text = printed(example(stored_rows=0, fields=["counts"], sample=None))
+    assert "rows      5,000 executed, 0 stored (counts only)" in text.splitlines()
+    assert "(sample unknown)" in printed(example(stored_rows=0, fields="?", sample="much"))
 
 
 def test_deleted_segments_are_said():
