@@ -72,11 +72,11 @@ class FakeRecorder:
 class Engine:
     """A scheduler and a model runner, as far as `Steps` looks at them."""
 
-    def __init__(self, kind: str = "older") -> None:
+    def __init__(self, kind: str = "older", **options: Any) -> None:
         self.kind = kind
         self.recorder = FakeRecorder()
         self.runner = SimpleNamespace()
-        self.steps = Steps(self.recorder, self.runner)  # type: ignore[arg-type]
+        self.steps = Steps(self.recorder, self.runner, **options)  # type: ignore[arg-type]
 
     def step(
         self,
