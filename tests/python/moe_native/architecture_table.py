@@ -22,7 +22,8 @@ def run() -> Iterator[str]:
         judges += ["formula"] if it.sees_logits else []
         judges += [] if it.transformers is None else ["transformers"]
         exact = "ids, weights, logits" if it.sees_logits else "ids, weights"
-        yield f"| {it.family} | `{it.vllm}` | {what} | {it.routing} | {', '.join(judges)} | {exact} | {it.remark} |"
+        how = it.routing if it.sees_logits else "transformers' own"
+        yield f"| {it.family} | `{it.vllm}` | {what} | {how} | {', '.join(judges)} | {exact} | {it.remark} |"
 
 
 def holes() -> Iterator[str]:

@@ -169,7 +169,7 @@ THROUGH_TRANSFORMERS = [
         (0, 1, 2),
         8,
         Routing(2),
-        remark=THROUGH,
+        remark=f"{THROUGH}; full attention only",
     ),
     Architecture(
         "Zaya",

@@ -7,6 +7,8 @@ from routing_formulas import Routing
 
 SOFTMAX = Routing(4)
 BIASED = Routing(4, score="sigmoid", bias=True)
+ATTENTION = "latent attention: vLLM's model and transformers' differ before the router"
+COARSE = "two bfloat16 models differ by more than near-ties"
 BFLOAT16 = {"dtype": "bfloat16"}
 
 NATIVE = [
@@ -30,7 +32,7 @@ NATIVE = [
         SOFTMAX,
         engine=BFLOAT16,
         transformers=None,
-        remark="two bfloat16 implementations differ in more than near-ties",
+        remark=COARSE,
     ),
     Architecture(
         "Qwen3-Next",
@@ -62,7 +64,8 @@ NATIVE = [
         (1, 2),
         16,
         Routing(4, renormalised=False, groups=4, kept=2),
-        transformers=2.5,
+        transformers=None,
+        remark=ATTENTION,
     ),
     Architecture(
         "DeepSeek-V3",
@@ -72,8 +75,8 @@ NATIVE = [
         (1, 2),
         16,
         Routing(4, score="sigmoid", bias=True, groups=4, kept=2),
-        transformers=2.5,
-        remark="also Kimi-K2, which is this class",
+        transformers=None,
+        remark=f"also Kimi-K2, which is this class; {ATTENTION}",
     ),
     Architecture(
         "DeepSeek-V3, bfloat16",
@@ -85,7 +88,7 @@ NATIVE = [
         Routing(4, score="sigmoid", bias=True, groups=4, kept=2),
         engine=BFLOAT16,
         transformers=None,
-        remark="two bfloat16 implementations differ in more than near-ties",
+        remark=COARSE,
     ),
     Architecture(
         "GLM-4-MoE",
@@ -105,7 +108,8 @@ NATIVE = [
         (1, 2),
         16,
         BIASED,
-        transformers=2.5,
+        transformers=None,
+        remark=ATTENTION,
     ),
     Architecture(
         "gpt-oss",
@@ -220,7 +224,8 @@ NATIVE = [
         (0, 1, 2),
         16,
         Routing(4, score="sigmoid", bias=True, groups=4, kept=2),
-        transformers=2.5,
+        transformers=None,
+        remark=ATTENTION,
     ),
     Architecture(
         "Command A MoE",

@@ -73,13 +73,13 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     left = [job(architecture, root / architecture.name) for architecture in chosen]
     answers: dict[str, dict[str, Any]] = {}
     while left:
-        log = run_engines(left, root)
+        code, log = run_engines(left, root)
         done = [work for work in left if (root / f"{work['name']}.pt").is_file()]
         for work in done:
             answers[work["name"]] = torch.load(root / f"{work['name']}.pt")
         if not done:  # the process died
             done = left[:1]
-            answers[left[0]["name"]] = {"error": f"the process died:\n{log[-4000:]}"}
+            answers[left[0]["name"]] = {"error": f"the process ended with {code}:\n{log[-4000:]}"}
         left = left[len(done) :]
     return {
         it.name: Run(it, root / it.name / "checkpoint", root / it.name / "trace", answers[it.name]) for it in chosen
@@ -94,6 +94,8 @@ def job(architecture: Architecture, directory: Path) -> dict[str, Any]:
     }
     return {
         "name": architecture.name,
+        # The kernel for latent attention on CPUs is not as exact as float32: it is left out where results are compared.
+        "environment": {"VLLM_MLA_DISABLE": "0" if architecture.error else "1"},
         "engine": {
             "model": str(directory / "checkpoint"),
             "dtype": "float32",
@@ -113,14 +115,14 @@ def job(architecture: Architecture, directory: Path) -> dict[str, Any]:
     }
 
 
-def run_engines(jobs: list[dict[str, Any]], directory: Path) -> str:
+def run_engines(jobs: list[dict[str, Any]], directory: Path) -> tuple[int, str]:
+    """The process's exit status, which is minus the signal that killed it, and its output."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("MOE_NATIVE_")}
     env |= {
         "VLLM_CACHE_ROOT": str(directory / "cache"),
         "HF_HOME": str(directory / "huggingface"),  # where the configurations that come with a checkpoint are copied to
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_MLA_DISABLE": "1",  # its kernel for CPUs is not as exact as float32
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
@@ -134,7 +136,7 @@ def run_engines(jobs: list[dict[str, Any]], directory: Path) -> str:
         timeout=SECONDS * len(jobs),
         check=False,
     )
-    return done.stdout
+    return done.returncode, done.stdout
 
 
 def each(architectures: list[Architecture]) -> Any:
