@@ -9,7 +9,7 @@ vLLM's classes are told apart by what they have, not by name or version, and not
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,8 +28,9 @@ class MoELayer:
     layer: int
     name: str
     router: Any
-    experts: int  # number of legal ids
-    top_k: int
+    experts: int  # number of legal ids; 0 where unknown
+    top_k: int  # ids per row; 0 where unknown
+    logits: int  # width of the router's logits; 0 where they are not seen
     obstacle: str = ""
 
 
@@ -38,37 +39,66 @@ def find(model: torch.nn.Module, device: torch.device | None) -> list[MoELayer]:
     found: list[MoELayer] = []
     names: dict[int, str] = {}
     routers: set[int] = set()
-    for path, module in model.named_modules():
-        name, router = str(getattr(module, "layer_name", "") or path), getattr(module, "router", None)
-        if not _is_moe(module, router) or id(router) in routers:
+    modules = list(model.named_modules())
+    known = [path for path, module in modules if _shows_routing(module)]
+    for path, module in modules:
+        router = getattr(module, "router", None)
+        if id(router) in routers or not (_shows_routing(module) or _routes_unseen(path, module, known)):
             continue
         if router is not None:
             routers.add(id(router))  # some versions show one router through two modules
+        name = str(getattr(module, "layer_name", "") or path)
         layer = layer_number(name, len(found))
-        experts, top_k = _geometry(module, router)
-        obstacle = _obstacle(module, router, device)
+        entry = _look(layer, name, module, router, device)
         if layer in names:
-            obstacle = f"layer {layer} has a second router, and is recorded as {names[layer]}"
+            entry = replace(entry, obstacle=f"layer {layer} has another router, {names[layer]}, which stands for it")
         names.setdefault(layer, name)
-        found.append(MoELayer(layer, name, router, experts, top_k, obstacle))
+        found.append(entry)
     return found
 
 
-def _is_moe(module: torch.nn.Module, router: Any) -> bool:
+def _shows_routing(module: torch.nn.Module) -> bool:
+    router = getattr(module, "router", None)
     if hasattr(router, "_compute_routing") or hasattr(router, "select_experts"):
         return True
     # Modules with a fused kernel of their own show vLLM's interface for capturing expert ids.
     return hasattr(module, "capture_fn") and hasattr(module, "layer_id")
 
 
-def _geometry(module: torch.nn.Module, router: Any) -> tuple[int, int]:
-    """Number of legal expert ids (fused shared experts included) and ids per row; 0 where unknown."""
+def _routes_unseen(path: str, module: torch.nn.Module, known: list[str]) -> bool:
+    """Whether this is a MoE block, by its name and its experts' stacked weights, and apart from the `known` ones."""
+    kind = type(module).__name__.lower()
+    if not ("moe" in kind or "expert" in kind) or all(weight.dim() < 3 for weight in module.parameters(recurse=False)):
+        return False
+    return not any(f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.") for other in known)
+
+
+def _look(layer: int, name: str, module: torch.nn.Module, router: Any, device: torch.device | None) -> MoELayer:
+    try:
+        experts, top_k, logits = _geometry(module, router)
+        obstacle = _obstacle(module, router, device)
+    except Exception as error:  # one layer that cannot be understood shall not cost the others
+        what = f"{type(module).__name__} cannot be looked at: {type(error).__name__}: {error}"
+        return MoELayer(layer, name, router, 0, 0, 0, what)
+    if not obstacle and not (experts and top_k):
+        obstacle = f"it is not known how many experts it has ({experts or 'unknown'}) or chooses ({top_k or 'unknown'})"
+    return MoELayer(layer, name, router, experts, top_k, logits, obstacle)
+
+
+def _geometry(module: torch.nn.Module, router: Any) -> tuple[int, int, int]:
+    """Number of legal expert ids (fused shared experts included), ids per row, width of the logits; 0 where unknown."""
     config = getattr(module, "moe_config", None)
     experts = getattr(config, "num_logical_experts", 0) or getattr(router, "global_num_experts", 0)
     experts_map = getattr(getattr(module, "routed_experts", None), "expert_map_manager", None)
     shared = getattr(experts_map, "num_fused_shared_experts", 0)
     top_k = getattr(router, "top_k", 0) or getattr(config, "experts_per_token", 0)
-    return int(experts or 0) + int(shared or 0), int(top_k or 0)
+    # vLLM's Transformers backend may route in transformers' own module, and passes the chosen weights as logits.
+    logits = 0 if hasattr(module, "_moe_state") else experts
+    return _small(experts) + _small(shared), _small(top_k), _small(logits)
+
+
+def _small(number: Any) -> int:
+    return number if isinstance(number, int) and 0 < number <= 0xFFFF else 0
 
 
 def _obstacle(module: torch.nn.Module, router: Any, device: torch.device | None) -> str:
@@ -98,7 +128,7 @@ def bind(layers: list[MoELayer], recorder: Recorder, first: int) -> int:
     Raises:
         RuntimeError: the indices are not those of the cache key; nothing is hooked then.
     """
-    hooks: list[tuple[Any, int]] = []
+    hooks: list[tuple[MoELayer, int]] = []
     for found in layers:
         if found.obstacle:
             recorder.miss(found.layer, name=found.name, detail=found.obstacle, experts=found.experts, top_k=found.top_k)
@@ -109,13 +139,13 @@ def bind(layers: list[MoELayer], recorder: Recorder, first: int) -> int:
                 f"binding {binding} where {first + len(hooks)} was expected: another recorder was opened or closed "
                 "in this process while the model was loading"
             )
-        hooks.append((found.router, binding))
-    for router, binding in hooks:
-        _hook(router, binding)
+        hooks.append((found, binding))
+    for found, binding in hooks:
+        _hook(found.router, found.logits, binding)
     return len(hooks)
 
 
-def _hook(router: Any, binding: int) -> None:
+def _hook(router: Any, width: int, binding: int) -> None:
     compute, record, state = router._compute_routing, torch.ops.moe_native.record, ops.state
 
     # Traced by torch.compile, so no more Python than this; the op never raises for what is in the tensors.
@@ -123,13 +153,10 @@ def _hook(router: Any, binding: int) -> None:
         hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = compute(hidden_states, router_logits, *args, **kwargs)
-        if (
-            not isinstance(chosen, tuple) or len(chosen) != 2
-        ):  # not as it is known here: the trace shows that this layer has no rows
-            return chosen
+        if not isinstance(chosen, tuple) or len(chosen) != 2:
+            return chosen  # not as it is known here: the trace shows that this layer has no rows
         weights, ids = chosen
-        # vLLM's Transformers backend passes the chosen weights where logits are expected: k of them.
-        logits = router_logits if router_logits.shape[-1] != ids.shape[-1] else None
+        logits = router_logits if router_logits is not None and router_logits.shape[-1] == width else None
         record(state, ids, weights, logits, hidden_states, binding)
         return chosen
 

@@ -27,10 +27,12 @@ class Router:
 class Runner(torch.nn.Module):
     """As vLLM's MoERunner."""
 
-    def __init__(self, name: str, router: Any, *, monolithic: bool = False, shared: int = 0) -> None:
+    def __init__(
+        self, name: str, router: Any, *, monolithic: bool = False, shared: int = 0, experts: int = 8, top_k: int = 2
+    ) -> None:
         super().__init__()
         self.layer_name, self.router = name, router
-        self.moe_config = SimpleNamespace(num_logical_experts=8, experts_per_token=2)
+        self.moe_config = SimpleNamespace(num_logical_experts=experts, experts_per_token=top_k)
         method = SimpleNamespace(is_monolithic=monolithic)
         experts_map = SimpleNamespace(num_fused_shared_experts=shared)
         self.routed_experts = SimpleNamespace(quant_method=method, expert_map_manager=experts_map)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ def test_fused_shared_experts_are_legal_ids() -> None:
     assert found[0].experts == 9
 
 
+def test_weights_of_experts_inside_or_around_a_known_layer_are_no_layer() -> None:
+    runner, block = Runner("layers.0.mlp.experts", Router()), TinyMoE()
+    runner.routed, block.experts = TinyMoE(), runner
+    found = routers.find(model(block), torch.device("cpu"))
+    assert [(layer.name, layer.obstacle) for layer in found] == [("layers.0.mlp.experts", "")]
+
+
 def test_one_router_under_two_modules_is_one_layer() -> None:
     router = Router()
     found = routers.find(model(Runner("layers.0.mlp", router), Runner("layers.0.mlp.experts", router)), None)
@@ -61,6 +69,29 @@ class FusedKernel(torch.nn.Module):
     layer_id, capture_fn = 5, None
 
 
+class TinyMoE(torch.nn.Module):
+    """As a model's own MoE block that shows nothing of vLLM's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = torch.nn.Linear(4, 8)
+        self.w1 = torch.nn.Parameter(torch.zeros(8, 4, 4))
+
+
+class Unseen(Runner):
+    """As a runner with a kernel that cannot even be asked."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, Router())
+        self.routed_experts = Kernel()
+
+
+class Kernel:
+    @property
+    def quant_method(self) -> None:
+        raise ValueError("not yet")
+
+
 @pytest.mark.parametrize(
     ("runner", "device", "reason"),
     [
@@ -74,6 +105,11 @@ class FusedKernel(torch.nn.Module):
             "no _compute_routing(hidden_states, router_logits) (the hook",
         ),
         (FusedKernel(), "cpu", "FusedKernel routes in a way"),
+        (TinyMoE(), "cpu", "TinyMoE routes in a way"),
+        (Unseen("layers.0.mlp"), "cpu", "ValueError: not yet"),
+        (Runner("layers.0.mlp", Router(experts=0), experts=0), "cpu", "has (unknown) or chooses (2)"),
+        (Runner("layers.0.mlp", Router(top_k=0), top_k=0), "cpu", "has (8) or chooses (unknown)"),
+        (Runner("layers.0.mlp", Router(experts=1 << 17), experts=1 << 17), "cpu", "has (unknown) or chooses (2)"),
     ],
 )
 def test_what_cannot_be_seen_is_missed_with_the_reason(
@@ -90,7 +126,7 @@ def test_what_cannot_be_seen_is_missed_with_the_reason(
 
 def test_a_second_router_of_a_layer_is_missed() -> None:
     found = routers.find(model(Runner("layers.0.a", Router()), Runner("layers.0.b", Router())), torch.device("cpu"))
-    assert [layer.obstacle for layer in found] == ["", "layer 0 has a second router, and is recorded as layers.0.a"]
+    assert [layer.obstacle for layer in found] == ["", "layer 0 has another router, layers.0.a, which stands for it"]
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -123,16 +159,13 @@ def test_the_hook_records_what_the_router_chose_and_changes_nothing(compile: boo
     assert np.array_equal(rows.hidden, hidden.numpy()[both])
 
 
-def test_weights_in_the_place_of_logits_are_not_taken_for_them(tmp_path: Path) -> None:
-    """vLLM's Transformers backend has routed already, and passes the k weights on."""
+@pytest.mark.parametrize("width", [2, 5])
+def test_what_is_not_as_wide_as_the_experts_are_many_is_not_taken_for_logits(width: int, tmp_path: Path) -> None:
+    """vLLM's Transformers backend may have routed already, and passes the k weights on."""
     router = Router()
     found = routers.find(model(Runner("layers.0.mlp", router)), torch.device("cpu"))
-    with moe_native.Recorder(tmp_path, fields=("ids", "logits")) as recorder:
-        routers.bind(found, recorder, 0)
-        with recorder.step(rows=3):
-            router.select_experts(torch.randn(3, 4), torch.rand(3, 2))
-    trace = moe_trace.open(tmp_path)
-    assert trace.rows == 3
+    trace = record_one_step(tmp_path, found, lambda: router.select_experts(torch.randn(3, 4), torch.rand(3, width)))
+    assert trace.rows == 3 and trace.complete
     with pytest.raises(moe_trace.TraceError):
         _ = trace.layer(0).logits
 
@@ -165,6 +198,78 @@ def test_results_that_are_not_known_are_passed_on_and_the_layer_is_a_hole(kind: 
     trace = moe_trace.open(tmp_path)
     assert not trace.complete and trace.stats() == {}
     assert sum(loss.layers for loss in trace.losses.values()) == 1
+
+
+def test_weights_are_not_taken_for_logits_where_all_experts_are_chosen(tmp_path: Path) -> None:
+    router = Router(experts=2)
+    runner = Runner("layers.0.mlp", router, experts=2)
+    runner._moe_state = object()  # as the Transformers backend's runner, where transformers' own module routes
+    found = routers.find(model(runner), torch.device("cpu"))
+    trace = record_one_step(tmp_path, found, lambda: router.select_experts(torch.randn(3, 4), torch.rand(3, 2)))
+    with pytest.raises(moe_trace.TraceError):
+        _ = trace.layer(0).logits
+
+
+def test_all_experts_may_be_chosen_from_logits(tmp_path: Path) -> None:
+    router, logits = Router(experts=2), torch.randn(3, 2)
+    found = routers.find(model(Runner("layers.0.mlp", router, experts=2)), torch.device("cpu"))
+    trace = record_one_step(tmp_path, found, lambda: router.select_experts(torch.randn(3, 4), logits))
+    assert np.array_equal(trace.layer(0).logits, logits.numpy())
+
+
+class Misshapen(Router):
+    """Its output is cut by `cut`."""
+
+    def __init__(self, cut: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
+        super().__init__()
+        self.cut = cut
+
+    def _compute_routing(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cut(*super()._compute_routing(*args, **kwargs))
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda weights, ids: (weights[:, 0], ids[:, 0]),
+        lambda weights, ids: (weights[:, None], ids[:, None]),
+        lambda weights, ids: (weights[:, :1], ids),
+        lambda weights, ids: (weights, ids.float()),
+    ],
+    ids=["one dimension", "three dimensions", "fewer weights than ids", "ids that are no whole numbers"],
+)
+def test_a_router_whose_output_does_not_fit_is_a_named_hole(cut: Any, tmp_path: Path) -> None:
+    good, bad = Router(), Misshapen(cut)
+    found = routers.find(model(Runner("layers.0.mlp", good), Runner("layers.1.mlp", bad)), torch.device("cpu"))
+
+    def forward() -> None:
+        for router in (good, bad):
+            router.select_experts(torch.randn(3, 4), torch.randn(3, 8))
+
+    trace = record_one_step(tmp_path, found, forward)
+    assert [(layer.layer, layer.name, layer.status) for layer in trace.coverage] == [
+        (0, "layers.0.mlp", "exact"),
+        (1, "layers.1.mlp", "missed"),
+    ]
+    assert trace.layer(0).rows == 3 and not trace.complete
+    with pytest.raises(moe_trace.TraceError, match="layer 1 was missed"):
+        trace.layer(1)
+
+
+def test_more_ids_than_were_announced_are_recorded_as_they_are(tmp_path: Path) -> None:
+    """Fused shared experts add columns."""
+    router = Misshapen(lambda weights, ids: (torch.cat([weights, weights[:, :1]], 1), torch.cat([ids, ids[:, :1]], 1)))
+    found = routers.find(model(Runner("layers.0.mlp", router, shared=1)), torch.device("cpu"))
+    trace = record_one_step(tmp_path, found, lambda: router.select_experts(torch.randn(3, 4), torch.randn(3, 8)))
+    assert trace.layer(0).ids.shape == (3, 3) and trace.layer(0).logits.shape == (3, 8)
+
+
+def record_one_step(path: Path, found: list[routers.MoELayer], forward: Callable[[], Any]) -> moe_trace.Trace:
+    with moe_native.Recorder(path, fields=("ids", "weights", "logits")) as recorder:
+        assert routers.bind(found, recorder, 0) == len(found)
+        with recorder.step(rows=3):
+            forward()
+    return moe_trace.open(path)
 
 
 def test_bindings_that_the_compile_cache_was_not_keyed_for_are_not_hooked(tmp_path: Path) -> None:

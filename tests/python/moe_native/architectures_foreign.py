@@ -1,0 +1,212 @@
+"""MoE architectures that vLLM's CPU build runs and only one side has a class for: vLLM, whose model is then filled with
+random weights, or transformers, whose model vLLM runs through its Transformers backend."""
+
+from __future__ import annotations
+
+from architectures import BAILING, DEEPSEEK, MIXTRAL, ONE_GROUP, QWEN, SLIDING, Architecture
+from routing_formulas import Routing
+
+SOFTMAX = Routing(4)
+BIASED = Routing(4, score="sigmoid", bias=True)
+THROUGH = "vLLM's Transformers backend"
+OWN_ROUTER = f"{THROUGH}: transformers' own module routes, its logits are not seen"
+NO_CLASS = "transformers has no class for it"
+BACKEND = {"model_impl": "transformers"}
+
+WITHOUT_TRANSFORMERS = [
+    Architecture(
+        "Ling / Ring (Bailing-MoE)",
+        "BailingMoeForCausalLM",
+        "",
+        {
+            **BAILING,
+            "moe_router_enable_expert_bias": False,
+            "score_function": None,
+            "n_group": None,
+            "topk_group": None,
+        },
+        (1, 2),
+        16,
+        SOFTMAX,
+        transformers=None,
+        remark=NO_CLASS,
+    ),
+    Architecture(
+        "Ling 2 / Ring 2 (Bailing-MoE-V2)",
+        "BailingMoeV2ForCausalLM",
+        "",
+        {**BAILING, "use_qk_norm": True},
+        (1, 2),
+        16,
+        Routing(4, score="sigmoid", bias=True, groups=4, kept=2, scale=2.5),
+        transformers=None,
+        remark=NO_CLASS,
+    ),
+    Architecture(
+        "Param2-MoE",
+        "Param2MoEForCausalLM",
+        "",
+        {**BAILING, "rope_scaling": None},
+        (1, 2),
+        16,
+        Routing(4, score="sigmoid", bias=True, groups=4, kept=2, scale=2.5),
+        transformers=None,
+        remark=NO_CLASS,
+    ),
+    Architecture(
+        "Sarvam-MoE",
+        "SarvamMoEForCausalLM",
+        "",
+        {**BAILING, "rope_scaling": None},
+        (1, 2),
+        16,
+        Routing(4, score="sigmoid", bias=True, groups=4, kept=2, scale=2.5),
+        transformers=None,
+        remark=NO_CLASS,
+    ),
+    Architecture(
+        "openPangu-MoE-V2",
+        "PanguProMoEV2ForCausalLM",
+        "",
+        {**DEEPSEEK, "rope_theta": 10000.0, "router_enable_expert_bias": True, "param_sink_number": 0},
+        (1, 2),
+        16,
+        BIASED,
+        transformers=None,
+        remark=NO_CLASS,
+    ),
+    Architecture(
+        "Step-3",
+        "Step3TextForCausalLM",
+        "",
+        {
+            "moe_num_experts": 16,
+            "moe_top_k": 4,
+            "moe_intermediate_size": 32,
+            "moe_layers_enum": "1,2",
+            "norm_expert_weight": True,
+            "share_expert_dim": 32,
+            "share_q_dim": 32,
+            "max_position_embedding": 256,
+        },
+        (1, 2),
+        16,
+        SOFTMAX,
+        transformers=None,
+        remark=NO_CLASS,
+    ),
+    Architecture(
+        "DBRX",
+        "DbrxForCausalLM",
+        "DbrxConfig",
+        {
+            "d_model": 64,
+            "n_heads": 2,
+            "n_layers": 3,
+            "max_seq_len": 256,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+            "ffn_config": {"ffn_hidden_size": 64, "hidden_size": 64, "moe_num_experts": 8, "moe_top_k": 2},
+        },
+        (0, 1, 2),
+        8,
+        Routing(2),
+        transformers=None,
+        engine={"load_format": "dummy"},
+        remark="vLLM 0.32 cannot load a DBRX checkpoint",
+    ),
+]
+
+THROUGH_TRANSFORMERS = [
+    Architecture(
+        "dots.llm1",
+        "TransformersMoEForCausalLM",
+        "Dots1Config",
+        {**DEEPSEEK, **ONE_GROUP},
+        (1, 2),
+        16,
+        BIASED,
+        transformers=2.5,
+        remark=THROUGH,
+    ),
+    Architecture(
+        "FlexOlmo",
+        "TransformersMoEForCausalLM",
+        "FlexOlmoConfig",
+        {"num_experts": 8, "num_experts_per_tok": 2},
+        (0, 1, 2),
+        8,
+        Routing(2, renormalised=False),
+        remark=THROUGH,
+    ),
+    Architecture(
+        "Hunyuan V1 MoE",
+        "TransformersMoEForCausalLM",
+        "HunYuanMoEV1Config",
+        {"num_experts": 8, "moe_topk": 2},
+        (0, 1, 2),
+        8,
+        Routing(2),
+        sees_logits=False,
+        remark=OWN_ROUTER,
+    ),
+    Architecture("Mellum", "TransformersMoEForCausalLM", "MellumConfig", QWEN, (0, 1, 2), 16, SOFTMAX, remark=THROUGH),
+    Architecture(
+        "Solar Open",
+        "TransformersMoEForCausalLM",
+        "SolarOpenConfig",
+        {**DEEPSEEK, **ONE_GROUP},
+        (0, 1, 2),
+        16,
+        BIASED,
+        transformers=2.5,
+        remark=THROUGH,
+    ),
+    Architecture(
+        "MiniMax-Text-01",
+        "TransformersMoEForCausalLM",
+        "MiniMaxConfig",
+        {**MIXTRAL, "layer_types": ["full_attention"] * 3},
+        (0, 1, 2),
+        8,
+        Routing(2),
+        remark=f"{THROUGH}; full attention only",
+    ),
+    Architecture(
+        "Zaya",
+        "TransformersMoEForCausalLM",
+        "ZayaConfig",
+        {"num_experts": 8, "moe_intermediate_size": 32},
+        (0, 1, 2),
+        8,
+        Routing(1),
+        transformers=None,
+        sees_logits=False,
+        remark=f"{OWN_ROUTER}; the two models differ before the router",
+    ),
+    Architecture(
+        "Qwen3-MoE, Transformers backend",
+        "TransformersMoEForCausalLM",
+        "Qwen3MoeConfig",
+        QWEN,
+        (0, 1, 2),
+        16,
+        SOFTMAX,
+        engine=BACKEND,
+        remark=THROUGH,
+    ),
+]
+
+HOLES = [
+    Architecture(
+        "gpt-oss, Transformers backend",
+        "TransformersMoEForCausalLM",
+        "GptOssConfig",
+        {**MIXTRAL, **SLIDING},
+        (0, 1, 2),
+        8,
+        transformers=None,
+        engine=BACKEND,
+        hole="GptOssExperts routes in a way that is not known here",
+        remark="transformers' own experts run: vLLM replaces none that have biases",
+    ),
+]
