@@ -57,6 +57,17 @@ def find(model: torch.nn.Module, device: torch.device | None) -> list[MoELayer]:
     return found
 
 
+def left_out(runner: Any) -> list[str]:
+    """What of a model runner routes and is not recorded, a sentence each: the layers of a draft model. They are another
+    model's, whose layers have numbers of their own, and what they choose is not what the model did."""
+    drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+    model = getattr(drafter, "model", None)
+    layers = find(model, None) if isinstance(model, torch.nn.Module) else []
+    if not layers:
+        return []
+    return [f"the MoE layers of the draft model {type(model).__name__}, {len(layers)} of them, are not recorded"]
+
+
 def _shows_routing(module: torch.nn.Module) -> bool:
     router = getattr(module, "router", None)
     if hasattr(router, "_compute_routing") or hasattr(router, "select_experts"):

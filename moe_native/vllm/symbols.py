@@ -362,12 +362,70 @@ PARALLEL_CONFIG = Symbols(
         "pipeline_parallel_size",
         "data_parallel_size",
         "data_parallel_rank",
+        "prefill_context_parallel_size",
+        "use_sequence_parallel_moe",
+        "use_ubatching",
+        "num_ubatches",
         "enable_expert_parallel",
         "world_size",
     ),
     by="metadata",
     why="the parallel layout",
 )
+INSTANCE = Symbols(
+    "vllm.config.vllm:VllmConfig | vllm.config:VllmConfig",
+    ("instance_id",),
+    by="metadata",
+    why="what all workers of one engine know, and no other engine's: their run",
+)
+DRAFT_MODEL = Symbols(
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
+    ("drafter",),
+    by="routers",
+    why="a draft model's own MoE layers, which are not recorded, and said",
+)
+NEWER_DRAFT_MODEL = Symbols(
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
+    ("speculator",),
+    by="routers",
+    why="a draft model's own MoE layers",
+)
+
+# Where rows lie in the routers' tensors, under data parallelism, sequence parallelism and dual-batch overlap.
+
+FORWARD_CONTEXT = Symbols(
+    "vllm.forward_context",
+    ("get_forward_context",),
+    by="forward",
+    why="how many rows each data-parallel rank has in a step",
+)
+CONTEXT = Symbols(
+    "vllm.forward_context:ForwardContext",
+    ("dp_metadata",),
+    by="forward",
+    why="how many rows each data-parallel rank has in a step",
+)
+DATA_PARALLEL_METADATA = Symbols(
+    "vllm.forward_context:DPMetadata",
+    ("num_tokens_across_dp_cpu",),
+    by="forward",
+    why="how many rows each data-parallel rank has in a step",
+)
+MICROBATCHES = Symbols(
+    "vllm.v1.worker.ubatching",
+    ("dbo_enabled", "dbo_current_ubatch_id", "_CURRENT_CONTEXTS", "_NUM_UBATCHES"),
+    by="forward",
+    why="which microbatch of a step runs in this thread",
+)
+MICROBATCH = Symbols(
+    "vllm.v1.worker.ubatching:UBatchContext",
+    ("forward_context",),
+    by="forward",
+    why="how many rows each data-parallel rank has in a microbatch",
+)
+
+# What ran.
+
 MODEL_CONFIG = Symbols(
     "vllm.config.model:ModelConfig | vllm.config:ModelConfig",
     ("model", "dtype", "seed", "enforce_eager", "max_model_len"),

@@ -238,7 +238,7 @@ class WorkerRecording:
             run=None if key is None else shared_run(self.config.trace, key),
             rank=metadata.rank_name(self.worker.rank, parallel),
             lanes=parallel["microbatches"],
-            metadata=metadata.describe(self.worker, parallel),
+            metadata={**metadata.describe(self.worker, parallel), "left_out": routers.left_out(runner)},
             **self.config.recorder_arguments(),
         )
         try:

@@ -10,6 +10,7 @@ The object (`"format": "moe-native info"`, `"version": 1`; later versions may ad
 | `steps`, `rows` | executed steps, and tokens that are stored; of the stages of a pipeline, the most |
 | `layer_rows` | rows of layers: the sum over layers of their tokens |
 | `requests` | how many requests have a name (one in several runs is counted once) |
+| `cached` | how many tokens of them were not executed, because the engine had them in its prefix cache |
 | `bytes`, `bytes_per_layer_row` | of all segment files; `bytes / layer_rows`, null without rows |
 | `rank_list` | an object a rank: `run`, `rank`, `layers` (those it recorded), `state`, `pid`, `ring` (path or |
 | | null), `ring_steps` and `ring_rows` (what a dead process left in its ring and no segment has yet), `bytes`, |
@@ -53,10 +54,15 @@ def describe(trace: Trace) -> dict[str, Any]:
         "rows": sum(max(_of(rank, "rows") for rank in shard) for group in of_groups for shard in group),
         "layer_rows": layer_rows,
         "requests": len(trace.requests),
+        "cached": sum(_cached(group[0][0]) for group in groups(trace.ranks)),
         "bytes": size,
         "bytes_per_layer_row": size / layer_rows if layer_rows else None,
         "rank_list": ranks,
     }
+
+
+def _cached(rank: Rank) -> int:
+    return sum(request.cached_tokens for request in rank.requests.values())
 
 
 def _of(rank: dict[str, Any], what: str) -> int:

@@ -93,7 +93,10 @@ def info(out: Console, of: dict[str, Any]) -> None:
     facts = [
         ("recorded", ", ".join(f"{name} ({dtype})" for name, dtype in of["recorded"].items()) or "no rows"),
         ("rows", f"{_rows(of)} in {count(of['steps'], 'step')}; {of['layer_rows']:,} rows of layers"),
-        ("requests", f"{of['requests']:,}"),
+        (
+            "requests",
+            f"{of['requests']:,}" + (f"; {of['cached']:,} of their tokens were cached" if of["cached"] else ""),
+        ),
     ]
     each = of["bytes_per_layer_row"]
     facts.append(
@@ -238,7 +241,25 @@ def _share(sample: Any) -> str:
     return f"{100 * sample:g} %" if isinstance(sample, (int, float)) else "unknown"
 
 
+def _kinds(of: dict[str, Any]) -> str:
+    """The executed tokens by phase and modality, and how many of them were executed for another reason than to be the
+    next."""
+    totals: dict[tuple[str, str], int] = {}
+    for kind in of["kinds"]:
+        key = kind["phase"], kind["modality"]
+        totals[key] = totals.get(key, 0) + kind["rows"]
+    only_text = {modality for _, modality in totals} <= {"text", "unknown"}
+    names = {key: key[0] if only_text else " ".join(key) for key in totals}
+    parts = [f"{names[key]} {rows:,}" for key, rows in totals.items()]
+    for what, name in (("recomputed", "recomputed after a preemption or a rejected draft"), ("draft", "draft tokens")):
+        rows = sum(kind["rows"] for kind in of["kinds"] if kind[what])
+        parts += [f"of them {rows:,} {name}"] if rows else []
+    return ", ".join(parts)
+
+
 def _losses_and_coverage(of: dict[str, Any]) -> Iterator[Text]:
+    if of["kinds"]:
+        yield _line(f"tokens    {_kinds(of)}")
     if of["executed_rows"] > of["stored_rows"]:
         yield _line(f"rows      {_rows(of)}")
     if of["paused"]["steps"]:
@@ -268,6 +289,8 @@ def _losses_and_coverage(of: dict[str, Any]) -> Iterator[Text]:
         for detail, group in groupby(entries, key=lambda entry: entry["detail"] or ""):
             layers = ranges(entry["layer"] for entry in group)
             yield _line(f"{status:<8}  layer {layers}" + (f": {detail}" if detail else ""), colour)
+    for text in of["left_out"]:
+        yield _line(f"left out  {text}")
     if not of["problems"]:
         yield _line("problems  none", "green")
     for problem in of["problems"]:

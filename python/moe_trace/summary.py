@@ -10,12 +10,14 @@ The object (`"format": "moe-native summary"`, `"version": 1`; later versions may
 | `losses` | list of `{"cause", "steps", "layers", "rows"}`: totals of the whole trace, whatever was selected |
 | `stored_rows`, `executed_rows` | tokens of the whole trace that are stored, and that are counted: more, |
 | | where requests were sampled, or with the field `counts` |
+| `kinds` | the executed tokens: list of `{"phase", "modality", "recomputed", "draft", "rows"}` |
 | `fields`, `sample` | what the newest rank stores: names of fields or `["counts"]`, and the share of requests |
 | `paused` | `{"steps", "rows"}` that were not recorded because recording was paused, on request; no loss |
 | `deleted_segments` | the oldest segments, deleted to keep the trace within its max_bytes; no loss |
 | `whole_since` | ISO 8601 in UTC: since when all steps are there, if segments were deleted; else null |
 | `problems` | list of sentences: torn or damaged segments, rings that could not be read |
 | `coverage` | `{"exact", "derived", "missed", "skipped"}`: lists of `{"layer", "name", "detail"}` |
+| `left_out` | list of sentences: what routed and was not to be recorded, such as a draft model's layers |
 | `runs`, `ranks` | how many there are |
 | `stages`, `shards` | how many of the ranks are the pipeline stages and the sequence-parallel shards of one of them |
 | `first_time`, `last_time` | of the whole trace: ISO 8601 in UTC, or null without a step |
@@ -45,6 +47,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_trace import format as fmt
 from moe_trace import metrics
 from moe_trace.joined import groups
 
@@ -112,6 +115,7 @@ def standing(trace: Trace) -> dict[str, Any]:
         ],
         "stored_rows": trace.stored_rows,
         "executed_rows": trace.executed_rows,
+        "kinds": [{**_kind(cls), "rows": rows} for cls, rows in trace.rows_by_class.items()],
         "fields": trace.metadata.get("fields"),
         "sample": trace.metadata.get("sample", 1.0),
         "paused": {"steps": trace.paused.steps, "rows": trace.paused.rows},
@@ -119,12 +123,23 @@ def standing(trace: Trace) -> dict[str, Any]:
         "whole_since": _iso(trace.whole_since),
         "problems": list(trace.problems),
         "coverage": coverage,
+        "left_out": trace.left_out,
         "runs": len(trace.runs),
         "ranks": len(trace.ranks),
         "stages": max((len(shard) for group in of_groups for shard in group), default=0),
         "shards": max((len(group) for group in of_groups), default=0),
         "first_time": _iso(trace.first_time),
         "last_time": _iso(trace.last_time),
+    }
+
+
+def _kind(cls: int) -> dict[str, Any]:
+    modality = cls >> 2 & 15
+    return {
+        "phase": fmt.PHASES[cls & 3] if cls & 3 < len(fmt.PHASES) else "unknown",
+        "modality": fmt.MODALITIES[modality] if modality < len(fmt.MODALITIES) else "unknown",
+        "recomputed": bool(cls & fmt.CLASS_RECOMPUTED),
+        "draft": bool(cls & fmt.CLASS_DRAFT),
     }
 
 

@@ -19,6 +19,7 @@ from moe_trace.notes import Request
 from moe_trace.rank import Layer, Rank
 from moe_trace.segment import segment_paths
 from moe_trace.select import Selection
+from moe_trace.statistics import LayerStats
 from moe_trace.units import count
 
 ASK_THE_DOCTOR = ". 'moe-native doctor' says why nothing was recorded"  # who is the doctor leaves it out
@@ -140,6 +141,33 @@ class Trace(Selection):
         """Stages of a pipeline record the same tokens: the most of them counts."""
         shards = [shard for group in groups(self.ranks) for shard in group]
         return sum(max(rank.row_totals[which] for rank in shard) for shard in shards)
+
+    @cached_property
+    def rows_by_class(self) -> Mapping[int, int]:
+        """Number of executed tokens by class (csrc/FORMAT.md, section 5: phase, modality, whether they were executed
+        before, drafts), from block statistics of the lowest layer that has rows."""
+        classes: set[tuple[int, int]] = set()
+
+        def note(layer: int, cls: int) -> bool:
+            classes.add((layer, cls))
+            return False
+
+        for rank in self.ranks:
+            rank.add_statistics({}, note)
+        layer = min((layer for layer, _ in classes), default=0)
+        found: dict[int, int] = {}
+        for cls in sorted(cls for of, cls in classes if of == layer):
+            into: dict[int, LayerStats] = {}
+            for rank in self.ranks:
+                rank.add_statistics(into, lambda of, c, cls=cls: of == layer and c == cls)  # type: ignore[misc]
+            found[cls] = into[layer].rows
+        return found
+
+    @property
+    def left_out(self) -> list[str]:
+        """What routed and was not to be recorded, a sentence each: such as the layers of a draft model."""
+        said = (rank.metadata.get("left_out") for rank in self.ranks)
+        return list(dict.fromkeys(str(text) for texts in said if isinstance(texts, list) for text in texts))
 
     @property
     def problems(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -224,8 +225,10 @@ class Misshapen(Router):
         super().__init__()
         self.cut = cut
 
-    def _compute_routing(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.cut(*super()._compute_routing(*args, **kwargs))
+    def _compute_routing(
+        self, hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cut(*super()._compute_routing(hidden_states, router_logits, *args, **kwargs))
 
 
 @pytest.mark.parametrize(
@@ -305,3 +308,12 @@ def test_real_vllm_routers_have_what_the_hook_needs() -> None:
     require(router, ROUTER)
     weights, ids = router._compute_routing(torch.randn(3, 4), torch.randn(3, 8), None)
     assert weights.shape == ids.shape == (3, 2)
+
+
+def test_a_draft_models_layers_are_said_to_be_left_out() -> None:
+    draft = model(Runner("model.layers.0.mlp.experts", Router()), Runner("model.layers.1.mlp.experts", Router()))
+    said = ["the MoE layers of the draft model ModuleList, 2 of them, are not recorded"]
+    assert routers.left_out(SimpleNamespace(drafter=SimpleNamespace(model=draft))) == said
+    newer = SimpleNamespace(drafter=None, speculator=SimpleNamespace(model=draft))
+    assert routers.left_out(newer) == said
+    assert routers.left_out(SimpleNamespace(drafter=object())) == []  # n-grams: there is no model

@@ -7,6 +7,8 @@ import pytest
 import segment_bytes as sb
 
 import moe_trace
+import moe_trace.info
+import moe_trace.summary
 from moe_trace.sequence import STATES
 
 RECOMPUTED, REJECTED, SUPERSEDED, UNDECIDED = 1, 2, 4, 16
@@ -215,3 +217,26 @@ def test_a_hostile_position_is_refused(tmp_path):
     for name in "ab":
         with pytest.raises(moe_trace.DamagedTrace, match="not credible"):
             trace.sequence(name)
+
+
+def test_the_summary_counts_what_was_executed_again_and_drafts(tmp_path):
+    runs = [(A, 0, 3, sb.PREFILL, 0), (A, 3, 1, sb.DECODE, 0), (A, 4, 2, sb.DECODE | 1 << 8, 0)]
+    again = [(A, 0, 3, sb.PREFILL | 1 << 7, RECOMPUTED)]
+    like = step(0, (A, 0, 6)), step(1, (A, 0, 3))
+    steps = [sb.Step(0, runs, like[0].layers), sb.Step(1, again, like[1].layers)]
+    trace = moe_trace.open(write(tmp_path, steps, [request(A, "a", cached=[[7, 2, None]])], left_out=["a draft model"]))
+    assert dict(trace.rows_by_class) == {
+        sb.PREFILL: 3,
+        sb.DECODE: 1,
+        sb.DECODE | 1 << 8: 2,
+        sb.PREFILL | 1 << 7: 3,
+    }
+    of = moe_trace.summary.standing(trace)
+    assert [(k["phase"], k["recomputed"], k["draft"], k["rows"]) for k in of["kinds"]] == [
+        ("prefill", False, False, 3),
+        ("decode", False, False, 1),
+        ("prefill", True, False, 3),
+        ("decode", False, True, 2),
+    ]
+    assert of["left_out"] == ["a draft model"]
+    assert moe_trace.info.describe(trace)["cached"] == 2

@@ -28,6 +28,7 @@ def example(layers=2, experts=60, **changes):
         "losses": [],
         "stored_rows": 5000,
         "executed_rows": 5000,
+        "kinds": [kind("prefill", 3000), kind("decode", 2000)],
         "fields": ["ids", "weights"],
         "sample": 1.0,
         "paused": {"steps": 0, "rows": 0},
@@ -35,6 +36,7 @@ def example(layers=2, experts=60, **changes):
         "whole_since": None,
         "problems": [],
         "coverage": {"exact": entries, "derived": [], "missed": [], "skipped": []},
+        "left_out": [],
         "runs": 1,
         "ranks": 1,
         "stages": 1,
@@ -46,6 +48,10 @@ def example(layers=2, experts=60, **changes):
         "layers": objects,
         "all": summary.of_all(objects, counts),
     } | changes
+
+
+def kind(phase, rows, modality="text", recomputed=False, draft=False):
+    return {"phase": phase, "modality": modality, "recomputed": recomputed, "draft": draft, "rows": rows}
 
 
 def printed(of, watched=False, columns=80):
@@ -129,7 +135,7 @@ def test_without_rows_it_says_why():
 
 def test_what_is_not_stored_or_was_paused_is_said():
     text = printed(example())
-    assert "executed" not in text and "paused" not in text and "note" not in text
+    assert "executed" not in text and "paused" not in text and "note" not in text and "left out" not in text
     text = printed(example(stored_rows=40, sample=0.008, paused={"steps": 1, "rows": 2}, warnings=["it reaches wider"]))
     for line in (
         "rows      5,000 executed, 40 stored (sample 0.8 %)",
@@ -140,6 +146,25 @@ def test_what_is_not_stored_or_was_paused_is_said():
     text = printed(example(stored_rows=0, fields=["counts"], sample=None))
     assert "rows      5,000 executed, 0 stored (counts only)" in text.splitlines()
     assert "(sample unknown)" in printed(example(stored_rows=0, fields="?", sample="much"))
+
+
+def test_tokens_are_split_by_phase_and_where_there_are_others_by_modality():
+    assert "tokens    prefill 3,000, decode 2,000" in printed(example()).splitlines()
+    kinds = [
+        kind("prefill", 2000),
+        kind("prefill", 500, recomputed=True),
+        kind("prefill", 1024, "image"),
+        kind("decode", 60, draft=True),
+        kind("decode", 4, draft=True, recomputed=True),
+    ]
+    said = "prefill text 2,500, prefill image 1,024, decode text 64"
+    why = "of them 504 recomputed after a preemption or a rejected draft, of them 64 draft tokens"
+    assert f"tokens    {said}, {why}" in printed(example(kinds=kinds)).splitlines()
+
+
+def test_what_was_left_out_is_said():
+    text = "the MoE layers of the draft model Eagle, 1 of them, are not recorded"
+    assert f"left out  {text}" in printed(example(left_out=[text])).splitlines()
 
 
 def test_deleted_segments_are_said():
