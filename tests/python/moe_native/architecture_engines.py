@@ -1,8 +1,8 @@
 """Many small vLLM engines, one after the other in one process: python architecture_engines.py JOBS DIRECTORY
 
-JOBS is JSON, a list: `name`, `environment`, `engine` (arguments of LLM), `prompts` (token ids), `max_tokens`. Each job
-writes DIRECTORY/<name>.pt: what was generated and what vLLM's routers did; or the error that ended it. Then the process
-ends too: what a failed engine leaves behind would spoil the next one.
+JOBS is JSON, a list: `name`, `engine` (arguments of LLM), `prompts` (token ids), `max_tokens`. Each job writes
+DIRECTORY/<name>.pt: what was generated and what vLLM's routers did; or the error that ended it. Then the process ends
+too: what a failed engine leaves behind would spoil the next one.
 """
 
 from __future__ import annotations
@@ -107,7 +107,6 @@ def main() -> None:
     for job in jobs:
         print(f"== {job['name']}", flush=True)
         start = time.monotonic()
-        os.environ.update(job["environment"])
         try:
             answer = run(job)
         except Exception as error:

@@ -94,8 +94,6 @@ def job(architecture: Architecture, directory: Path) -> dict[str, Any]:
     }
     return {
         "name": architecture.name,
-        # The kernel for latent attention on CPUs is not as exact as float32: it is left out where results are compared.
-        "environment": {"VLLM_MLA_DISABLE": "0" if architecture.error else "1"},
         "engine": {
             "model": str(directory / "checkpoint"),
             "dtype": "float32",
