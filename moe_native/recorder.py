@@ -541,10 +541,10 @@ class Recorder:
             self.end_step(np.zeros(0, RUN_DTYPE))  # a step without rows takes them along
         self._core.close()
         self._log_messages()
-        with contextlib.suppress(OSError):  # the segments are whole either way, and say so themselves
-            self._file.update(ring=None, closed=True, metadata=self._metadata.items)
-        self._file.release()
         counters = self.counters()
+        with contextlib.suppress(OSError):  # the segments are whole either way, and say so themselves
+            self._file.update(ring=None, closed=True, metadata=self._metadata.items, losses=counters["lost"])
+        self._file.release()
         if counters["lost"]:
             log.warning("moe_native: %s: lost %s", self.directory, json.dumps(counters["lost"]))
         elif self._bindings and not counters["steps_begun"]:

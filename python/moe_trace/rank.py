@@ -275,6 +275,8 @@ class Rank:
         )
         table = next((table for table in tables if table is not None), ())  # the newest has the totals
         found = {int(loss["cause"]): (int(loss["steps"]), int(loss["layers"]), int(loss["rows"])) for loss in table}
+        for cause, said in self._losses_said_at_close().items():
+            found[cause] = tuple(map(max, said, found.get(cause, (0, 0, 0))))  # type: ignore[assignment]
         cut = self.cut_step
         if cut is not None and self.cut_step_was_counted and not self.cut_step_was_aborted:
             steps, layers, rows = found.get(_INCOMPLETE, (0, 0, 0))
@@ -287,6 +289,17 @@ class Rank:
                     layers + block.incomplete_layers,
                     rows + block.incomplete_layers * block.executed_rows,
                 )
+        return found
+
+    def _losses_said_at_close(self) -> dict[int, tuple[int, int, int]]:
+        """Of rank.json: what no segment says where the disk took none any more."""
+        said = self.file.get("losses")
+        found: dict[int, tuple[int, int, int]] = {}
+        for cause, totals in said.items() if isinstance(said, dict) and self._only is None else ():
+            numbers = [totals.get(key) for key in ("steps", "layers", "rows")] if isinstance(totals, dict) else []
+            known = [number for number in numbers if isinstance(number, int) and 0 <= number < 1 << 63]
+            if cause in fmt.CAUSES and len(known) == 3:
+                found[fmt.CAUSES.index(cause)] = (known[0], known[1], known[2])
         return found
 
     @cached_property

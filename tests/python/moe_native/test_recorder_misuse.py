@@ -59,6 +59,29 @@ def test_a_ring_that_cannot_be_made_is_an_os_error(tmp_path):
     assert not list(tmp_path.glob("t/*"))
 
 
+@pytest.mark.parametrize("what", ["well again when it closes", "takes no segment at all"])
+def test_a_dead_disk_is_a_loss_that_the_trace_tells(tmp_path, what):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    recorder = moe_native.Recorder(tmp_path, ring_bytes=64 << 10, flush_seconds=0.01)
+    program = Program(recorder)
+    if what == "takes no segment at all":
+        (recorder.directory / "000000.moe.open").mkdir()
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        for step in range(100):
+            with recorder.step(requests=["a"], positions=[range(8 * step, 8 * step + 8)]):
+                program.forward(8)
+        with pytest.raises(TimeoutError):
+            recorder.flush(1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    recorder.close()
+    trace = moe_trace.open(tmp_path)
+    assert trace.losses["io_error"].steps == 100 and trace.losses["io_error"].rows == 800
+    assert not trace.complete
+
+
 def test_misuse_of_record_is_told(tmp_path, caplog):
     with moe_native.Recorder(tmp_path / "t") as recorder:
         program = Program(recorder)

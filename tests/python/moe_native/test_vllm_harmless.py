@@ -29,13 +29,16 @@ MODES: dict[str, dict[str, Any]] = {
     "drafts": {"speculative_config": NGRAM},
 }
 STEPS = "moe_native.vllm.steps:Steps"
-FAULTS = [[f"{STEPS}.{name}"] for name in ("begin", "end", "_view", "_follow_blocks", "sampled")] + [
-    [f"{STEPS}.end", f"{STEPS}.abort"],
-    ["moe_native.recorder:Recorder.begin_step"],
-    ["moe_native.recorder:Recorder.end_step"],
-    ["moe_native.recorder:Recorder.request"],
-    ["disk"],
-]
+FAULTS = (
+    [["disk"]]
+    + [[f"{STEPS}.{name}"] for name in ("begin", "end", "_view", "_follow_blocks", "sampled")]
+    + [
+        [f"{STEPS}.end", f"{STEPS}.abort"],
+        ["moe_native.recorder:Recorder.begin_step"],
+        ["moe_native.recorder:Recorder.end_step"],
+        ["moe_native.recorder:Recorder.request"],
+    ]
+)
 
 
 def ask(engine: Engine, checkpoint: Path, *calls: dict[str, Any], faults: Any = (), **arguments: Any) -> dict[str, Any]:
