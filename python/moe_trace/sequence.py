@@ -12,6 +12,7 @@ import numpy.typing as npt
 from moe_trace import format as fmt
 from moe_trace.batch import Batch, Filter, promote
 from moe_trace.errors import DamagedTrace, TraceError
+from moe_trace.notes import apart
 from moe_trace.rank import Rank
 from moe_trace.units import count
 
@@ -221,18 +222,14 @@ def _batches(rank: Rank, index: int, layers: tuple[int, ...]) -> Iterator[Batch]
 def assemble(selection: Selection, ranks: list[Rank], id: str, resolve: bool, which: int | None) -> TokenSequence:
     """`Selection.sequence`."""
     # Requests of one name are told apart by run, data-parallel replica, and the engine's own name or else order in it.
-    found: dict[tuple[str, int, Any], list[tuple[Rank, int]]] = {}
+    found: dict[tuple[str, int, str | int], list[tuple[Rank, int]]] = {}
     for rank in ranks:
         parallel = rank.metadata.get("parallel")
         said = parallel.get("data_parallel_rank") if isinstance(parallel, dict) else 0
         replica = said if isinstance(said, int) else 0
-        same = sorted(index for index, request in rank.requests.items() if request.id == id)
-        for number, index in enumerate(same):
-            internal = rank.requests[index].info.get("internal")
-            which_one = internal if isinstance(internal, str) else number
-            found.setdefault((rank.run, replica if isinstance(replica, int) else 0, which_one), []).append(
-                (rank, index)
-            )
+        for index, (name, which_one) in apart(rank.requests).items():
+            if name == id:
+                found.setdefault((rank.run, replica, which_one), []).append((rank, index))
     keys = sorted(found, key=lambda key: (*key[:2], min(index for _, index in found[key])))
     if not keys:
         raise TraceError(f"there is no request {id!r} in this selection")

@@ -243,6 +243,8 @@ def test_of_a_position_that_two_shards_executed_the_last_row_counts(tmp_path):
     trace = moe_trace.open(tmp_path)
     expected = np.concatenate([sb.of_rows([first], 0)[:2], sb.of_rows([second], 0)])
     assert np.array_equal(trace.layer(0).sequence("a").ids, expected)
+    assert trace.flags.tolist() == [0, 0, 4, 4, 1, 1, 0, 0]
+    assert np.array_equal(trace.layer(0).current().ids, expected)
 
 
 def half(step, number):
