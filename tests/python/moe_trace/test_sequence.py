@@ -252,3 +252,10 @@ def test_the_summary_counts_what_was_executed_again_and_drafts(tmp_path):
     ]
     assert of["left_out"] == ["a draft model"]
     assert moe_trace.info.describe(trace)["cached"] == 2
+
+
+def test_tokens_by_class_are_those_of_all_runs_whatever_layers_they_recorded(tmp_path):
+    for run, layers in enumerate([(0, 3), (3,)]):
+        write(tmp_path, [step(0, (A, 0, 4), layers=layers)], [request(A, "a")], run=f"run-{run}", layers=layers)
+    trace = moe_trace.open(tmp_path)
+    assert dict(trace.rows_by_class) == {sb.DECODE: 8} and trace.executed_rows == 8
