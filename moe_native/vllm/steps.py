@@ -151,10 +151,10 @@ class Steps:
 
     def abort(self) -> None:
         """The forward pass, or `begin` or `end`, raised."""
-        self._fates.missed()
+        self._recorder.abort_step()  # first: whatever else fails, the next step must find none open
         if self.owners is not None:
             self.owners.forget()
-        self._recorder.abort_step()
+        self._fates.missed()
 
     # The runner's batch.
 
@@ -253,7 +253,8 @@ class Steps:
 
     def _learn(self, data: Any) -> None:
         """A request that is scheduled for the first time, or again after it was preempted."""
-        prompt = data.prompt_len if hasattr(data, "prompt_len") else len(data.prompt_token_ids or ())
+        tokens = data.prompt_token_ids  # before `prompt_len`, None where the prompt is embeddings
+        prompt = data.prompt_len if hasattr(data, "prompt_len") else -1 if tokens is None else len(tokens)
         slot = self._slots.get(data.req_id)
         if slot is None:
             slot = self._add(data.req_id, prompt)

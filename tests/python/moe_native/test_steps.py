@@ -347,6 +347,24 @@ def test_a_request_that_was_there_before_has_no_phase(engine: Engine) -> None:
     assert engine.step({A: (7, 2)}) == [("a", 7, 2, row_class("unknown", "text", True), 0)]
 
 
+def test_a_prompt_whose_length_is_not_known_has_no_phase(engine: Engine) -> None:
+    embeddings = SimpleNamespace(
+        req_id=A, prompt_token_ids=None, mm_features=[], num_computed_tokens=0, block_ids=([],)
+    )
+    assert engine.step({A: (0, 4)}, new={A: embeddings}) == [("a", 0, 4, row_class("unknown", "text", True), 0)]
+
+
+def test_a_step_is_given_up_whatever_else_fails(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError
+
+    engine.recorder.begin_step(1)
+    monkeypatch.setattr(engine.steps._fates, "missed", fail)
+    with pytest.raises(RuntimeError):
+        engine.steps.abort()
+    assert engine.recorder.open_rows is None
+
+
 def test_two_requests_of_one_name_stay_apart(engine: Engine) -> None:
     first, second = "same-00000001", "same-00000002"
     assert engine.step({first: (0, 2), second: (0, 3)}, new={first: 2, second: 3}) == [
