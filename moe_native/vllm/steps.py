@@ -253,8 +253,10 @@ class Steps:
 
     def _learn(self, data: Any) -> None:
         """A request that is scheduled for the first time, or again after it was preempted."""
-        tokens = data.prompt_token_ids  # before `prompt_len`, None where the prompt is embeddings
-        prompt = data.prompt_len if hasattr(data, "prompt_len") else -1 if tokens is None else len(tokens)
+        if hasattr(data, "prompt_len"):
+            prompt = data.prompt_len
+        else:  # without it, a prompt of embeddings has no tokens
+            prompt = -1 if data.prompt_token_ids is None else len(data.prompt_token_ids)
         slot = self._slots.get(data.req_id)
         if slot is None:
             slot = self._add(data.req_id, prompt)
