@@ -65,7 +65,8 @@ class Steps:
         self._prompt: Ints = np.zeros(0, np.int64)  # the prompt's length,
         self._lowest: Ints = np.zeros(0, np.int64)  # the first of its positions that was executed (others were cached),
         self._executed: Ints = np.zeros(0, np.int64)  # one past the last that was executed,
-        self._media: dict[int, list[MediaSpan]] = {}  # and what is not text in its prompt
+        self._media: dict[int, list[MediaSpan]] = {}  # what is not text in its prompt,
+        self._cached: dict[int, list[CachedSpan]] = {}  # and which of its positions were never executed
         # The batch of the step before: while it stays the same, looking its requests up can be left out.
         self._batch: list[str] = []
         self._batch_slots: Ints = np.zeros(0, np.int64)
@@ -75,15 +76,16 @@ class Steps:
         open."""
         for request in scheduler_output.finished_req_ids:
             self._forget(request)
-        first_seen = [data for data in scheduler_output.scheduled_new_reqs if self._learn(data)]
+        for data in scheduler_output.scheduled_new_reqs:
+            self._learn(data)
         if self.owners is not None:
             try:
                 self._follow_blocks(self.owners, scheduler_output)
             except Exception as error:  # rows are right all the same
                 log.error("moe_native: it is not followed any more whose rows cached tokens share: %r", error)
                 self.owners = None
-        for data in first_seen:
-            self._note_cached(data)
+        for data in scheduler_output.scheduled_new_reqs:
+            self._note_cached(data.req_id, getattr(data, "block_ids", ()), int(getattr(data, "num_computed_tokens", 0)))
         rows = scheduler_output.total_num_scheduled_tokens
         opened = rows > 0 and (self._recorder.begin_step if self._forward is None else self._forward.begin)(rows)
         if rows > 0 and not opened:
@@ -149,10 +151,10 @@ class Steps:
 
     def abort(self) -> None:
         """The forward pass, or `begin` or `end`, raised."""
-        self._fates.missed()
+        self._recorder.abort_step()  # first: whatever else fails, the next step must find none open
         if self.owners is not None:
             self.owners.forget()
-        self._recorder.abort_step()
+        self._fates.missed()
 
     # The runner's batch.
 
@@ -249,11 +251,13 @@ class Steps:
 
     # Requests.
 
-    def _learn(self, data: Any) -> bool:
-        """A request that is scheduled for the first time, or again after it was preempted. Whether it is the first."""
-        prompt = data.prompt_len if hasattr(data, "prompt_len") else len(data.prompt_token_ids or ())
+    def _learn(self, data: Any) -> None:
+        """A request that is scheduled for the first time, or again after it was preempted."""
+        if hasattr(data, "prompt_len"):
+            prompt = data.prompt_len
+        else:  # without it, a prompt of embeddings has no tokens
+            prompt = -1 if data.prompt_token_ids is None else len(data.prompt_token_ids)
         slot = self._slots.get(data.req_id)
-        first_seen = slot is None
         if slot is None:
             slot = self._add(data.req_id, prompt)
         elif self._prompt[slot] != prompt:  # a session's prompt that has grown
@@ -264,10 +268,9 @@ class Steps:
             self._media[slot] = media
             noted = [[low, high - low, modality] for low, high, modality in media]
             self._recorder.request(self._names[data.req_id], media=noted)
-        return first_seen
 
     def _follow_blocks(self, owners: BlockOwners, scheduler_output: Any) -> None:
-        """Who the KV blocks belong to that this step has allocated."""
+        """Who the KV blocks belong to that this step has allocated, and what resumed requests share of them."""
         cached = scheduler_output.scheduled_cached_reqs
         for request, blocks, computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
@@ -276,19 +279,37 @@ class Steps:
                 owners.allocate(blocks, computed if request in cached.resumed_req_ids else 0, self._known(request))
         for data in scheduler_output.scheduled_new_reqs:
             owners.allocate(data.block_ids, data.num_computed_tokens, self._known(data.req_id))
+        for request, blocks, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if blocks and request in cached.resumed_req_ids:
+                self._note_cached(request, blocks, computed)
 
     def _known(self, internal: str) -> int | None:
         slot = self._slots.get(internal)
         return None if slot is None else int(self._index[slot])
 
-    def _note_cached(self, data: Any) -> None:
-        """Prompt positions of a new request that will not be executed."""
-        computed = int(getattr(data, "num_computed_tokens", 0))
-        if computed <= 0:
+    def _note_cached(self, internal: str, blocks: Any, computed: int) -> None:
+        """Positions of a request that are computed, and not by itself. One that starts over after a preemption may find
+        more of its prompt in the cache than it had executed."""
+        slot = self._slots.get(internal)
+        if slot is None:  # it was there before recording began
+            return
+        noted = self._cached.get(slot, [])
+        known = max(int(self._executed[slot]), noted[-1][0] + noted[-1][1] if noted else 0)
+        if computed <= known:
             return
         unknown: list[CachedSpan] = [(0, computed, None)]
-        spans = unknown if self.owners is None else self.owners.sources(data.block_ids, computed)
-        self._recorder.request(self._names[data.req_id], cached=[list(span) for span in spans])
+        found = unknown if self.owners is None else self.owners.sources(blocks, computed)
+        # What it shares with itself it executed in steps that are not recorded.
+        new = [
+            (max(first, known), first + count - max(first, known), source)
+            for first, count, source in found
+            if first + count > known and source != int(self._index[slot])
+        ]
+        if new:
+            self._cached[slot] = [*noted, *new]
+            self._recorder.request(self._names[internal], cached=[list(span) for span in self._cached[slot]])
 
     def _add(self, internal: str, prompt: int) -> int:
         if not self._free:
@@ -317,6 +338,7 @@ class Steps:
         del self._internal[name]
         self._recorder.finish(name)
         self._media.pop(slot, None)
+        self._cached.pop(slot, None)
         self._fates.ended(internal)
         self._free.append(slot)
         self._batch = []

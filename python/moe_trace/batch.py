@@ -17,8 +17,8 @@ from moe_trace.errors import TraceError
 from moe_trace.notes import names
 from moe_trace.rank import Rank
 
-_SUPERSEDED = fmt.RUN_FLAGS["superseded"]
-NOT_CURRENT = _SUPERSEDED | sum(fmt.RUN_FLAGS[name] for name in ("rejected", "discarded", "undecided"))
+SUPERSEDED = fmt.RUN_FLAGS["superseded"]
+NOT_CURRENT = SUPERSEDED | sum(fmt.RUN_FLAGS[name] for name in ("rejected", "discarded", "undecided"))
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,11 @@ class Batch(Rows):
         return self._per_run(request_names(self._rank, self._block))
 
     @cached_property
+    def request_numbers(self) -> npt.NDArray[np.uint32]:
+        """Indices of the requests in their rank, uint32 `[rows]`; 4294967295 for a row that is nobody's."""
+        return self._per_run(self._block.runs["request"])
+
+    @cached_property
     def phases(self) -> npt.NDArray[np.uint8]:
         """0 unknown, 1 prefill, 2 decode; `[rows]`."""
         return self._per_run((self._block.runs["cls"] & 3).astype(np.uint8))
@@ -223,7 +228,7 @@ class Batch(Rows):
                     of_step[late.rows(runs[int(run_end) - int(step["runs"]) : int(run_end)])] |= np.uint16(late.flags)
         requests = np.repeat(runs["request"], runs["count"])
         superseded = self._rank.repeats.superseded(requests, self._all_positions, self._all_steps)
-        flags[superseded] |= _SUPERSEDED
+        flags[superseded] |= SUPERSEDED
         return flags
 
     @cached_property

@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace import format as fmt
-from moe_trace.batch import NOT_CURRENT, OTHER_ROWS, Batch, Filter, Rows, other_widths, promote
+from moe_trace.batch import NOT_CURRENT, OTHER_ROWS, SUPERSEDED, Batch, Filter, Rows, other_widths, promote
 from moe_trace.errors import TraceError
+from moe_trace.notes import apart
 from moe_trace.rank import Rank
 from moe_trace.units import count
 
@@ -96,7 +97,11 @@ def parts(ranks: Sequence[Rank], asked: Filter, batches: Batches) -> Iterator[Ba
             for rank in shards[0]:
                 yield from batches(rank, asked)
             continue
-        pipelines = [_Pipeline(shard, asked, batches) for shard in shards if shard]
+        pipelines = [
+            _Pipeline(shard, asked, batches, [other[0] for other in group if other is not whole])
+            for shard, whole in zip(shards, group, strict=True)
+            if shard
+        ]
         if any(pipeline.stages for pipeline in pipelines):
             yield Joined(asked, [pipeline for pipeline in pipelines if pipeline.stages])
 
@@ -131,17 +136,23 @@ class _Stage:
 class _Pipeline:
     """The stages of one shard that have rows of the selection.
 
+    Args:
+        beside: a rank of each other shard.
+
     Attributes:
         places: for each stage, where it has the rows that all of them have.
         left_out: how many others there are.
     """
 
-    def __init__(self, ranks: Shard, asked: Filter, batches: Batches) -> None:
+    def __init__(self, ranks: Shard, asked: Filter, batches: Batches, beside: Sequence[Rank]) -> None:
         self.stages: list[_Stage] = []
+        self._first: Rank | None = None  # of the stages
+        self._beside = beside
         of_all = replace(asked, current=False)  # what counts is known when all stages have said what they learnt
         for rank in ranks:
             found = list(batches(rank, _in_steps_of(self.stages[0], of_all) if self.stages else of_all))
             if found:
+                self._first = self._first or rank
                 self.stages.append(_Stage(found))
         if not self.stages:
             return
@@ -164,10 +175,24 @@ class _Pipeline:
 
     @property
     def flags(self) -> npt.NDArray[np.uint16]:
-        """As of a batch; what one stage learnt of a row holds for all."""
+        """As of a batch; what one stage learnt of a row holds for all. A row may have been executed again in another
+        shard."""
         of_stages = (stage.per_row("flags")[at] for stage, at in zip(self.stages, self.places, strict=True))
         flags: npt.NDArray[np.uint16] = reduce(np.bitwise_or, of_stages)
+        for other in self._beside:
+            flags[self._superseded_by(other)] |= SUPERSEDED
         return flags
+
+    def _superseded_by(self, other: Rank) -> npt.NDArray[np.bool_]:
+        assert self._first is not None
+        requests, positions, steps = (
+            self.stages[0].per_row(name)[self.places[0]] for name in ("request_numbers", "positions", "step_numbers")
+        )
+        there = {name: index for index, name in apart(other.requests).items()}
+        known = {index: there.get(name, fmt.NOBODY) for index, name in apart(self._first.requests).items()}
+        indices, inverse = np.unique(requests, return_inverse=True)
+        of_other = np.array([known.get(int(index), fmt.NOBODY) for index in indices], np.int64)[inverse]
+        return other.repeats.superseded(of_other, positions, steps)
 
 
 def _concatenate(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:

@@ -164,6 +164,18 @@ def _number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < fmt.NOBODY
 
 
+def apart(requests: Mapping[int, Request]) -> dict[int, tuple[str, str | int]]:
+    """What tells the requests of a rank apart, the same in each rank of an engine: the name, and with it the engine's
+    own name or, where there is none, which of that name it is."""
+    seen: dict[str, int] = {}
+    found: dict[int, tuple[str, str | int]] = {}
+    for index, request in sorted(requests.items()):
+        number = seen[request.id] = seen.get(request.id, -1) + 1
+        internal = request.info.get("internal")
+        found[index] = request.id, internal if isinstance(internal, str) else number
+    return found
+
+
 def names(requests: Mapping[int, Request], indices: Iterable[int]) -> list[str | None]:
     """Names of requests by index; None for nobody, `#7` for one that no note names."""
     return [

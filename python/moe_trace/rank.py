@@ -421,6 +421,19 @@ class Rank:
         parts: list[Segment | RingBlock] = [*self.segments, *self.ring_blocks]
         return sum(part.stored_rows for part in parts), sum(part.executed_rows for part in parts)
 
+    @cached_property
+    def rows_by_class(self) -> dict[int, int]:
+        """Executed tokens by class: of each segment, those of the layer that has the most of them."""
+        found: dict[int, int] = {}
+        for part in self.blocks() if self.ring_blocks else self.segments:
+            classes: set[int] = set()
+            part.add_statistics({}, lambda _, cls, into=classes: into.add(cls))  # type: ignore[misc]
+            for cls in classes:
+                into: dict[int, LayerStats] = {}
+                part.add_statistics(into, lambda _, of, cls=cls: of == cls)  # type: ignore[misc]
+                found[cls] = found.get(cls, 0) + max((stats.rows for stats in into.values()), default=0)
+        return found
+
     def times(self) -> npt.NDArray[np.int64]:
         """First and last start of a step, Unix nanoseconds; empty without steps."""
         indices = (index[index["steps"] > 0] for index in self._indices())

@@ -369,7 +369,8 @@ class Selection:
 
         All executed rows are counted, also where only some are stored (`sample`, `fields="counts"`). A time or a range
         of steps that cuts through a block of such rows counts the whole block, and a UserWarning says from when to when
-        the counts reach. Of requests, the stored rows are counted.
+        the counts reach. Of requests, and of `current` rows, the stored ones are counted; a UserWarning says so of the
+        latter.
         """
         asked, layers = self._asked, self.layers
         into: dict[int, LayerStats] = {layer: LayerStats() for layer in layers}
@@ -389,6 +390,12 @@ class Selection:
                 "what is counted but not stored cannot be cut: the counts include all steps of "
                 f"{count(len(whole), 'block')} that the selection cuts, from {_utc(first)} to {_utc(last)} UTC "
                 f"(steps {min(b.first_step for b in whole):,} to {max(b.last_step for b in whole):,})",
+                stacklevel=2,
+            )
+        if asked.current and asked.requests is None and any(n < of for n, of in (r.row_totals for r in self._ranks)):
+            warnings.warn(
+                "of rows that are counted and not stored it is not known which are current: the counts are of stored "
+                "rows only",
                 stacklevel=2,
             )
         experts = self._trace.experts

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from moe_trace import format as fmt
 from moe_trace.batch import Batch, Filter, promote
 from moe_trace.errors import DamagedTrace, TraceError
+from moe_trace.notes import apart
 from moe_trace.rank import Rank
 from moe_trace.units import count
 
@@ -30,7 +31,7 @@ class TokenSequence:
     """One request from its first position to its last: what `Selection.sequence` returns.
 
     A position's row is the one that counts (`Selection.current`). Where several ranks have layers of the request, as
-    pipeline stages do, they are joined by position.
+    pipeline stages do, or some of its rows, as sequence-parallel shards do, they are joined by position.
 
     Attributes:
         request: its name.
@@ -42,7 +43,7 @@ class TokenSequence:
         sources: object `[positions]`: names of the requests whose rows these are; None where there is none.
     """
 
-    def __init__(self, request: str, layers: tuple[int, ...], one_layer: bool, found: list[_InRank]) -> None:
+    def __init__(self, request: str, layers: tuple[int, ...], one_layer: bool, found: list[_Shards]) -> None:
         self.request = request
         self.layers = layers
         self._one_layer = one_layer
@@ -87,7 +88,7 @@ class TokenSequence:
         parts = [
             (positions, column[rows])
             for part in self._found
-            for batch, rows, positions in part.rows
+            for batch, rows, positions in part.rows()
             if (column := batch.column(field, layer)) is not None
         ]
         if not parts:
@@ -105,6 +106,38 @@ class TokenSequence:
         return f"<moe_trace.TokenSequence {self.request!r}: {', '.join(states) or 'no rows'}>"
 
 
+class _Shards:
+    """Where the shards of one pipeline stage have the rows of a request: each position in one of them, or, where it was
+    executed again, in several, of which the latest counts."""
+
+    def __init__(self, shards: list[_InRank]) -> None:
+        self._shards = shards
+        self.length = max(shard.length for shard in shards)
+        self.state = np.zeros(self.length, np.uint8)
+        self.sources = np.full(self.length, None, object)
+        self._shard = np.zeros(self.length, np.int64)  # which of them has the position's row,
+        steps = np.full(self.length, -1, np.int64)  # and of which step it is
+        for number, shard in enumerate(shards):
+            here = slice(0, shard.length)
+            better = (shard.state > self.state[here]) | (
+                (shard.state == self.state[here]) & (shard.steps > steps[here])
+            )
+            for whole, own in (
+                (self.state, shard.state),
+                (self.sources, shard.sources),
+                (self._shard, number),
+                (steps, shard.steps),
+            ):
+                whole[here] = np.where(better, own, whole[here])
+
+    def rows(self) -> Iterator[tuple[Batch, Ints, Ints]]:
+        """(a batch, numbers of rows in it, their positions), in the order of execution."""
+        for number, shard in enumerate(self._shards):
+            for batch, rows, positions in shard.rows:
+                mine = self._shard[positions] == number
+                yield batch, rows[mine], positions[mine]
+
+
 class _InRank:
     """Where one rank has the rows of a request.
 
@@ -119,6 +152,7 @@ class _InRank:
         self.length = 0
         self.state = np.zeros(0, np.uint8)
         self.sources = np.full(0, None, object)
+        self.steps: Ints = np.zeros(0, np.int64)  # in which the rows were executed
         self._place(index, EXECUTED, None)
         shared = self._unresolved(index, 0, 1 << 32)
         tried: set[int] = {index}
@@ -146,6 +180,7 @@ class _InRank:
                 self._grow(int(positions.max()) + 1)
                 self.state[positions] = state
                 self.sources[positions] = name
+                self.steps[positions] = batch.step_numbers[rows]
                 self.rows.append((batch, rows, positions))
 
     def _unresolved(self, index: int, first: int, end: int) -> dict[int, Ints]:
@@ -171,6 +206,7 @@ class _InRank:
             more = length - self.length
             self.state = np.append(self.state, np.zeros(more, np.uint8))
             self.sources = np.append(self.sources, np.full(more, None, object))
+            self.steps = np.append(self.steps, np.full(more, -1, np.int64))
             self.length = length
 
 
@@ -185,15 +221,16 @@ def _batches(rank: Rank, index: int, layers: tuple[int, ...]) -> Iterator[Batch]
 
 def assemble(selection: Selection, ranks: list[Rank], id: str, resolve: bool, which: int | None) -> TokenSequence:
     """`Selection.sequence`."""
-    # Requests of one name are told apart by run, data-parallel replica, and order in it.
-    found: dict[tuple[str, int, int], list[tuple[Rank, int]]] = {}
+    # Requests of one name are told apart by run, data-parallel replica, and the engine's own name or else order in it.
+    found: dict[tuple[str, int, str | int], list[tuple[Rank, int]]] = {}
     for rank in ranks:
         parallel = rank.metadata.get("parallel")
-        replica = parallel.get("data_parallel_rank") if isinstance(parallel, dict) else 0
-        same = sorted(index for index, request in rank.requests.items() if request.id == id)
-        for number, index in enumerate(same):
-            found.setdefault((rank.run, replica if isinstance(replica, int) else 0, number), []).append((rank, index))
-    keys = sorted(found)
+        said = parallel.get("data_parallel_rank") if isinstance(parallel, dict) else 0
+        replica = said if isinstance(said, int) else 0
+        for index, (name, which_one) in apart(rank.requests).items():
+            if name == id:
+                found.setdefault((rank.run, replica, which_one), []).append((rank, index))
+    keys = sorted(found, key=lambda key: (*key[:2], min(index for _, index in found[key])))
     if not keys:
         raise TraceError(f"there is no request {id!r} in this selection")
     if which is None and len(keys) > 1:
@@ -206,9 +243,9 @@ def assemble(selection: Selection, ranks: list[Rank], id: str, resolve: bool, wh
     except IndexError:
         raise TraceError(f"there are only {len(keys)} requests {id!r}: which={which} is none of them") from None
     layers = selection.layers
-    parts = []
+    stages: dict[tuple[int, ...], list[_InRank]] = {}  # by their layers; ranks that have the same are its shards
     for rank, index in chosen:
         of_rank = tuple(layer for layer in layers if layer in rank.layers)
         if of_rank:
-            parts.append(_InRank(rank, index, of_rank, resolve))
-    return TokenSequence(id, layers, selection.one_layer, parts)
+            stages.setdefault(of_rank, []).append(_InRank(rank, index, of_rank, resolve))
+    return TokenSequence(id, layers, selection.one_layer, [_Shards(shards) for _, shards in sorted(stages.items())])

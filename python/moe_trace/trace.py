@@ -19,7 +19,6 @@ from moe_trace.notes import Request
 from moe_trace.rank import Layer, Rank
 from moe_trace.segment import segment_paths
 from moe_trace.select import Selection
-from moe_trace.statistics import LayerStats
 from moe_trace.units import count
 
 ASK_THE_DOCTOR = ". 'moe-native doctor' says why nothing was recorded"  # who is the doctor leaves it out
@@ -145,23 +144,14 @@ class Trace(Selection):
     @cached_property
     def rows_by_class(self) -> Mapping[int, int]:
         """Number of executed tokens by class (csrc/FORMAT.md, section 5: phase, modality, whether they were executed
-        before, drafts), from block statistics of the lowest layer that has rows."""
-        classes: set[tuple[int, int]] = set()
-
-        def note(layer: int, cls: int) -> bool:
-            classes.add((layer, cls))
-            return False
-
-        for rank in self.ranks:
-            rank.add_statistics({}, note)
-        layer = min((layer for layer, _ in classes), default=0)
+        before, drafts), from block statistics. A segment in which layers were left out part of the time counts by the
+        layer that has the most."""
         found: dict[int, int] = {}
-        for cls in sorted(cls for of, cls in classes if of == layer):
-            into: dict[int, LayerStats] = {}
-            for rank in self.ranks:
-                rank.add_statistics(into, lambda of, c, cls=cls: of == layer and c == cls)  # type: ignore[misc]
-            found[cls] = into[layer].rows
-        return found
+        for shard in (shard for group in groups(self.ranks) for shard in group):
+            stages = [rank.rows_by_class for rank in shard]
+            for cls in {cls for stage in stages for cls in stage}:
+                found[cls] = found.get(cls, 0) + max(stage.get(cls, 0) for stage in stages)
+        return dict(sorted(found.items()))
 
     @property
     def left_out(self) -> list[str]:

@@ -285,6 +285,30 @@ def test_blocks_that_go_to_another_request_are_that_requests(engine: Engine) -> 
     assert engine.recorder.info["d"]["cached"] == [[0, 12, 0]]
 
 
+@pytest.mark.parametrize("sent_as_new", [False, True])
+def test_a_request_that_starts_over_may_find_more_in_the_cache_than_it_had_executed(
+    engine: Engine, sent_as_new: bool
+) -> None:
+    engine.steps.owners = BlockOwners(group=1, block_size=4)
+    # a and b have the same prompt, and execute it side by side; b is preempted in the middle of it.
+    engine.step({A: (0, 4)}, new={A: 16}, blocks={A: [1, 2, 3, 4]})
+    engine.step({A: (4, 4), B: (4, 4)}, new={B: 16}, blocks={B: [1, 5, 6, 7]})
+    engine.step({A: (8, 8)})
+    assert engine.recorder.info["b"]["cached"] == [[0, 4, 0]]
+    options: dict[str, Any] = {"new": {B: 16}} if sent_as_new else {"resumed": (B,)}
+    assert engine.step({B: (12, 4)}, blocks={B: [1, 2, 3, 8]}, **options) == [("b", 12, 4, PREFILL, 0)]
+    assert engine.recorder.info["b"]["cached"] == [[0, 4, 0], [8, 4, 0]]
+
+
+def test_what_a_request_executed_in_a_step_that_is_not_recorded_was_not_cached(engine: Engine) -> None:
+    engine.steps.owners = BlockOwners(group=1, block_size=4)
+    engine.recorder.admit = False
+    engine.step({A: (0, 8)}, new={A: 12}, blocks={A: [1, 2]})
+    engine.recorder.admit = True
+    engine.step({A: (8, 4)}, blocks={A: [1, 2, 3]}, resumed=(A,))
+    assert "cached" not in engine.recorder.info["a"]
+
+
 def test_sources_that_are_not_known_are_said_to_be_so(engine: Engine) -> None:
     engine.step({A: (8, 2)}, new={A: 10}, blocks={A: [1, 2, 3]})
     assert engine.recorder.info["a"]["cached"] == [[0, 8, None]]  # nobody follows the blocks
@@ -321,6 +345,24 @@ def test_image_positions_of_a_prompt_have_their_modality(engine: Engine) -> None
 
 def test_a_request_that_was_there_before_has_no_phase(engine: Engine) -> None:
     assert engine.step({A: (7, 2)}) == [("a", 7, 2, row_class("unknown", "text", True), 0)]
+
+
+def test_a_prompt_whose_length_is_not_known_has_no_phase(engine: Engine) -> None:
+    embeddings = SimpleNamespace(
+        req_id=A, prompt_token_ids=None, mm_features=[], num_computed_tokens=0, block_ids=([],)
+    )
+    assert engine.step({A: (0, 4)}, new={A: embeddings}) == [("a", 0, 4, row_class("unknown", "text", True), 0)]
+
+
+def test_a_step_is_given_up_whatever_else_fails(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError
+
+    engine.recorder.begin_step(1)
+    monkeypatch.setattr(engine.steps._fates, "missed", fail)
+    with pytest.raises(RuntimeError):
+        engine.steps.abort()
+    assert engine.recorder.open_rows is None
 
 
 def test_two_requests_of_one_name_stay_apart(engine: Engine) -> None:

@@ -214,6 +214,39 @@ def test_shards_are_put_together_in_the_order_of_the_steps(tmp_path, stages):
     assert (summary.standing(trace)["stages"], summary.standing(trace)["shards"]) == (len(stages), 2)
 
 
+@pytest.mark.parametrize("stages", [STAGES, (LAYERS,)])
+def test_a_sequence_is_put_together_of_shards(tmp_path, stages):
+    steps, _ = sb.make_steps(SIZES, layers=LAYERS)
+    for shard in range(2):
+        own = [step for step in (half(step, shard) for step in steps) if step.rows]
+        for stage, layers in enumerate(stages):
+            place = parallel(pp=stage, pp_size=len(stages), tp=shard, tp_size=2, sp=True)
+            write(tmp_path / "run-1" / f"rank-{2 * stage + shard}", own, ("a", "b"), layers, place)
+    trace = moe_trace.open(tmp_path)
+    for number, name in enumerate("ab"):
+        sequence = trace.sequence(name)
+        rows, positions = (trace.request(name).ids, trace.request(name).positions)
+        assert len(sequence) == len(positions) and sequence.complete
+        assert np.array_equal(sequence.ids[positions], rows)
+        assert np.array_equal(trace.layer(12).sequence(name).ids[positions], rows_of(steps, 12, number))
+
+
+def test_of_a_position_that_two_shards_executed_the_last_row_counts(tmp_path):
+    """The second half of step 0 is executed again in the first half of step 1."""
+    steps, _ = sb.make_steps((4, 4), layers=(0,))
+    first, second = (replace(step, runs=[(0, at, 4, sb.PREFILL, 0)]) for step, at in zip(steps, (0, 2), strict=True))
+    again = replace(half(second, 0), runs=[(0, 2, 2, sb.PREFILL, 1)])
+    for shard, own in enumerate(([half(first, 0), again], [half(first, 1), half(second, 1)])):
+        write(
+            tmp_path / "run-1" / f"rank-{shard}", own, ("a",), (0,), parallel(pp_size=1, tp=shard, tp_size=2, sp=True)
+        )
+    trace = moe_trace.open(tmp_path)
+    expected = np.concatenate([sb.of_rows([first], 0)[:2], sb.of_rows([second], 0)])
+    assert np.array_equal(trace.layer(0).sequence("a").ids, expected)
+    assert trace.flags.tolist() == [0, 0, 4, 4, 1, 1, 0, 0]
+    assert np.array_equal(trace.layer(0).current().ids, expected)
+
+
 def half(step, number):
     """The first or the second half of a step's rows."""
     low, high = (0, -(-step.rows // 2)) if number == 0 else (-(-step.rows // 2), step.rows)

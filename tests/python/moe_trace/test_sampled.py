@@ -92,6 +92,13 @@ def test_a_selection_that_cuts_a_block_counts_it_whole_and_says_so(tmp_path):
         assert trace.steps(0, 5).rows == sum(step.rows for step in KEPT[:5])  # rows can be cut
 
 
+def test_counts_of_current_rows_are_of_the_stored_ones_and_say_so(tmp_path):
+    current = moe_trace.open(write(tmp_path / "t", {1})).layer(0).current()
+    with pytest.warns(UserWarning, match="of stored rows only"):
+        counts = current.counts()
+    assert counts.sum() == current.ids.size
+
+
 def test_late_facts_by_request_and_position(tmp_path):
     step = next(step for step in STEPS if {run[0] for run in step.runs} == {0, 1} and step.runs[0][0] == 0)
     request, position, rows = next(run for run in step.runs if run[0] == 1)[:3]

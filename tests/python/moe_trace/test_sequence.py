@@ -205,6 +205,18 @@ def test_requests_of_one_name_must_be_told_apart(tmp_path):
         trace.sequence("y")
 
 
+def test_stages_of_a_reused_name_are_joined_by_the_engines_own_name(tmp_path):
+    """The first stage has lost its oldest segment, and with it the first of two requests of one name."""
+    for stage, lost in ((0, 1), (1, 0)):
+        steps = [step(0, (A, 0, 2), layers=(stage,)), step(1, (B, 0, 3), layers=(stage,))][lost:]
+        notes = [request(A, "x", internal="x-1"), request(B, "x", internal="x-2")][lost:]
+        parallel = {"pipeline_parallel_size": 2, "pipeline_parallel_rank": stage}
+        write(tmp_path, steps, notes, rank=f"rank-{stage}", layers=(stage,), parallel=parallel)
+    trace = moe_trace.open(tmp_path)
+    assert [len(trace.sequence("x", which=n)) for n in (0, 1)] == [2, 3]
+    assert trace.sequence("x", which=1).ids[:, :, 0].tolist() == [[1, 1]] * 3
+
+
 def test_what_was_not_recorded_is_said(shared):
     with pytest.raises(moe_trace.TraceError, match="no logits of layer 0"):
         _ = shared.sequence("a").logits
@@ -240,3 +252,10 @@ def test_the_summary_counts_what_was_executed_again_and_drafts(tmp_path):
     ]
     assert of["left_out"] == ["a draft model"]
     assert moe_trace.info.describe(trace)["cached"] == 2
+
+
+def test_tokens_by_class_are_those_of_all_runs_whatever_layers_they_recorded(tmp_path):
+    for run, layers in enumerate([(0, 3), (3,)]):
+        write(tmp_path, [step(0, (A, 0, 4), layers=layers)], [request(A, "a")], run=f"run-{run}", layers=layers)
+    trace = moe_trace.open(tmp_path)
+    assert dict(trace.rows_by_class) == {sb.DECODE: 8} and trace.executed_rows == 8
