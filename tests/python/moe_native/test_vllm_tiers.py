@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Engine
-from test_vllm import LAYERS, MAX_TOKENS, PROMPTS, TOP_K
+from recorded import LAYERS, MAX_TOKENS, PROMPTS, TOP_K
 
 import moe_trace
 from moe_native.tier import Tier
@@ -104,9 +104,9 @@ def from_outside(engine: Engine, checkpoint: Path, tmp_path_factory: pytest.Temp
 
 
 def steps_of(served: Served, batch: int) -> tuple[int, int]:
-    """The steps of a batch of `steered`: all batches have as many, the paused one none."""
+    """The steps of a batch of `steered`: all have as many; those of the paused one have numbers, and no rows."""
     each = served.given[-1][0]["steps"] // 4
-    first = {0: 0, 3: 1, 6: 2, 12: 3}[batch] * each
+    first = {0: 0, 3: 1, 6: 2, 12: 4}[batch] * each
     return first, first + each
 
 

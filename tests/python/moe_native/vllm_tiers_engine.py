@@ -27,7 +27,8 @@ def main() -> None:
 
     def generate(tokens: int) -> list[dict[str, Any]]:
         sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-        return [describe(output) for output in llm.generate(job["prompts"], sampling, use_tqdm=False)]
+        outputs = llm.generate(job["prompts"], sampling, use_tqdm=False)
+        return [sample for output in outputs for sample in describe(output)]
 
     def ctl(lines: list[list[str]], done: list[list[Any]]) -> None:
         for words in lines:
