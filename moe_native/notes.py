@@ -9,10 +9,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from moe_native.runs import FLAGS, UNKNOWN
+from moe_native.runs import FLAGS
 from moe_native.tier import Tier
 
 _HEAD = struct.Struct("<III")  # kind, key, bytes (csrc/RING.md)
@@ -22,7 +19,6 @@ _REQUEST, _ENDED, _LINE = 1, 2, 3
 MOST_REQUESTS = 1 << 16
 #: Indices from here on are of requests whose rows are counted and not stored; nobody's is the last of them.
 COUNTED = 1 << 31
-MOST_SAMPLED_STEPS = 1024
 
 
 class Notes:
@@ -141,34 +137,3 @@ class Notes:
         for key in list(itertools.islice(self._waiting, count)):
             del self._waiting[key]
         self._fresh.clear()
-
-
-class SampledSteps:
-    """Whose rows the latest steps had of which only some are stored: a late fact about such a step says its row by
-    request and position, because where it is stored depends on the rows before it."""
-
-    def __init__(self) -> None:
-        self._runs: dict[int, npt.NDArray[np.void]] = {}
-        self._forgotten = -1
-
-    def add(self, step: int, runs: npt.NDArray[np.void]) -> None:
-        """A step that has rows which are not stored."""
-        self._runs[step] = runs
-        if len(self._runs) > MOST_SAMPLED_STEPS:
-            self._forgotten = next(iter(self._runs))
-            del self._runs[self._forgotten]
-
-    def find(self, step: int, row: int, count: int) -> list[tuple[int, int, int]] | None:
-        """Rows [row, row + count) of a step as (request, first position, how many), those left out that are not known;
-        None for a step of which all rows are stored."""
-        runs = self._runs.get(step)
-        if runs is None:
-            return [] if step <= self._forgotten else None
-        ends = np.cumsum(runs["count"].astype(np.int64))
-        found = []
-        for run, end in zip(runs.tolist(), ends.tolist(), strict=True):
-            request, position, rows = run[:3]
-            first, last = max(row, end - rows), min(row + count, end)
-            if first < last and position != UNKNOWN:
-                found.append((request, position + first - (end - rows), last - first))
-        return found

@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import operator
-import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,9 +22,10 @@ from moe_native import _C, ops
 from moe_native.config import Config
 from moe_native.control import CommandFile
 from moe_native.metadata import Metadata
-from moe_native.notes import COUNTED, Notes, SampledSteps
+from moe_native.notes import Notes
 from moe_native.rank_directory import RankFile, make_rank_directory, sweep_emptied_ranks
-from moe_native.runs import COUNTED_FLAG, RUN_DTYPE, UNKNOWN, join_rows, one_per_row, row_class
+from moe_native.runs import RUN_DTYPE, one_per_row, runs_of
+from moe_native.sampling import Sampling
 from moe_native.tier import Tier
 
 __all__ = ["Recorder"]
@@ -116,12 +116,9 @@ class Recorder:
             raise ValueError("segment_bytes must be at most half of max_bytes: whole segments are what is deleted")
 
         self.path = settings.trace
-        self._tier = Tier(settings.fields, _set(settings.layers), settings.sample)
-        self._wanted: Tier | None = None  # from the next step on
-        self._wanted_lock = threading.Lock()
-        self._sampling = self._tier.sample < 1 or self._tier.counted  # now, or once: then requests may be left of it
-        self._sampled = SampledSteps()
-        self._metadata = Metadata(self._tier, settings.weights_dtype, metadata or {})
+        tier = Tier(settings.fields, Tier.layer_set(settings.layers), settings.sample)
+        self._sampling = Sampling(tier)
+        self._metadata = Metadata(tier, settings.weights_dtype, metadata or {})
         self._recover_dead_runs()
         if largest:
             sweep_emptied_ranks(self.path)
@@ -136,7 +133,7 @@ class Recorder:
                 ring_bytes=settings.ring_bytes,
                 lanes=lanes,
                 block=settings.overflow == "block",
-                fields=self._tier.bits,
+                fields=tier.bits,
                 exact_weights=settings.weights_dtype == "exact",
                 segment_bytes=segment_bytes,
                 max_bytes=largest,
@@ -148,8 +145,8 @@ class Recorder:
                 self.directory.rmdir()
                 self.directory.parent.rmdir()
             raise
-        self._core.configure(self._tier.bits, self._tier.counted)
-        self._notes = Notes(settings.ring_bytes // lanes // 8, self._tier)
+        self._core.configure(tier.bits, tier.counted)
+        self._notes = Notes(settings.ring_bytes // lanes // 8, tier)
         self._bindings: dict[int, int] = {}  # their layers
         self._closed = False
         self._publish_metadata(ring={"path": self._core.ring_path, "id": f"{self._core.ring_id:016x}"})
@@ -161,17 +158,17 @@ class Recorder:
     @property
     def fields(self) -> tuple[str, ...]:
         """What is stored now, as the argument of this name; `("counts",)` for no row."""
-        return self._tier.fields
+        return self._sampling.tier.fields
 
     @property
     def layers(self) -> frozenset[int] | None:
         """The layers that are recorded now; None for all."""
-        return self._tier.layers
+        return self._sampling.tier.layers
 
     @property
     def sample(self) -> float:
         """The share of requests whose rows are stored now."""
-        return self._tier.sample
+        return self._sampling.tier.sample
 
     def set(
         self,
@@ -189,24 +186,15 @@ class Recorder:
         Raises:
             ValueError: a value is not usable; nothing is changed.
         """
-        asked = Config.of_arguments(fields=fields, layers=layers, sample=sample)
-        with self._wanted_lock:
-            old = self._wanted or self._tier
-            self._wanted = Tier(
-                old.fields if fields is None else asked.fields,
-                old.layers if layers is None else _set(asked.layers),
-                old.sample if sample is None else asked.sample,
-            )
+        self._sampling.want(fields, layers, sample)
 
     def _adopt_wanted(self) -> None:
         """Between two steps: before a request of the next one is known, because that decides about it."""
-        if self._wanted is None or self._core.step_open:
-            return
-        with self._wanted_lock:
-            tier, self._wanted = self._wanted, None
-        assert tier is not None  # only this thread takes it
-        self._tier = self._notes.tier = tier
-        self._sampling = self._sampling or tier.sample < 1 or tier.counted
+        if not self._core.step_open:
+            self._sampling.adopt(self._take)
+
+    def _take(self, tier: Tier) -> None:
+        self._notes.tier = tier
         self._core.configure(tier.bits, tier.counted)
         for binding, layer in self._bindings.items():
             self._core.enable(binding, tier.takes(layer))
@@ -251,7 +239,7 @@ class Recorder:
             raise ValueError(f"layer {layer} is not between 0 and 65534")
         if not 1 <= experts <= 0xFFFF or not 1 <= top_k <= 0xFFFF:
             raise ValueError(f"layer {layer}: experts={experts}, top_k={top_k} must be between 1 and 65535")
-        binding = int(self._core.bind(layer, experts, top_k, self._tier.takes(layer), every_step))
+        binding = int(self._core.bind(layer, experts, top_k, self._sampling.tier.takes(layer), every_step))
         self._bindings[binding] = layer
         self._metadata.add_layer(layer, name, experts, top_k, status, detail, every_step)
         return binding
@@ -296,7 +284,7 @@ class Recorder:
         Raises:
             ValueError: a flag is none of these.
         """
-        places = self._sampled.find(step, row, count) if self._sampling else None
+        places = self._sampling.places(step, row, count)
         if places is None:
             return self._notes.amend(step, row, count, flags)
         for request, position, number in places:
@@ -369,9 +357,7 @@ class Recorder:
         Raises:
             ValueError: the runs do not cover the step's rows. The step stays open: abort it.
         """
-        runs = np.ascontiguousarray(runs)
-        if self._sampling:
-            runs = self._mark_counted(runs)
+        runs = self._sampling.mark(self.step_number, np.ascontiguousarray(runs))
         notes = self._notes.next()
         if tokens is not None:
             tokens = np.ascontiguousarray(tokens, dtype=np.uint32) if "tokens" in self.fields else None
@@ -379,19 +365,6 @@ class Recorder:
         if kept:
             self._notes.delivered(len(notes))
         return kept
-
-    def _mark_counted(self, runs: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
-        """The runs, those marked whose rows are counted and not stored."""
-        counted = runs["request"] >= COUNTED  # nobody's too
-        if self._tier.counted:
-            counted[:] = True
-        elif self._tier.sample >= 1:
-            counted &= runs["request"] != UNKNOWN
-        if counted.any():
-            runs = runs.copy()
-            runs["flags"][counted] |= COUNTED_FLAG
-            self._sampled.add(self.step_number, runs)
-        return runs
 
     def abort_step(self) -> None:
         """Give the open step up, as after an exception in the forward pass. It is counted."""
@@ -455,7 +428,8 @@ class Recorder:
             Whether the step is recorded.
         """
         names, flat = one_per_row(requests, positions, rows)
-        runs = self._runs(names, flat, prompt_lens or {}, modality)
+        self._adopt_wanted()
+        runs = runs_of(names, flat, modality, lambda name: self._learn(name, prompt_lens or {}))
         admitted = self.begin_step(len(flat), spans)
         try:
             yield admitted
@@ -466,29 +440,10 @@ class Recorder:
                 self.abort_step()
             raise
 
-    def _runs(
-        self,
-        names: list[str] | None,
-        positions: npt.NDArray[np.uint32],
-        prompt_lens: Mapping[str, int],
-        modality: str,
-    ) -> npt.NDArray[np.void]:
-        self._adopt_wanted()
-        rows = len(positions)
-        if names is None:
-            classes = np.full(rows, row_class("unknown", modality, False), np.uint16)
-            return join_rows(np.full(rows, UNKNOWN, np.uint32), positions, classes)
-        known: dict[str, tuple[int, int]] = {}
-        for name in dict.fromkeys(names):
-            info = {"prompt_len": int(prompt_lens[name])} if name in prompt_lens else {}
-            index = self._notes.request(name, info)
-            known[name] = index, self._notes.info(name).get("prompt_len", -1)
-        requests = np.fromiter((known[name][0] for name in names), np.uint32, rows)
-        prompts = np.fromiter((known[name][1] for name in names), np.int64, rows)
-        unknown, prefill, decode = (row_class(phase, modality, True) for phase in ("unknown", "prefill", "decode"))
-        told = (prompts >= 0) & (positions != UNKNOWN)
-        classes = np.where(told, np.where(positions < prompts, prefill, decode), unknown).astype(np.uint16)
-        return join_rows(requests, positions, classes)
+    def _learn(self, name: str, prompt_lens: Mapping[str, int]) -> tuple[int, int]:
+        """Index of a request, and its prompt's length (-1: unknown)."""
+        info = {"prompt_len": int(prompt_lens[name])} if name in prompt_lens else {}
+        return self._notes.request(name, info), self._notes.info(name).get("prompt_len", -1)
 
     # Life and death.
 
@@ -502,7 +457,7 @@ class Recorder:
         """How it stands, in plain types: `directory`, `state` (`recording`, `paused` or `closed`), `fields`, `layers`
         (None: all) and `sample` as they are from the next step on, and of `counters()` the `steps`, `rows`,
         `rows_stored`, `lost` and `paused`."""
-        tier, c = self._wanted or self._tier, self.counters()
+        tier, c = self._sampling.next, self.counters()
         return {
             "directory": str(self.directory),
             "state": "closed" if self._closed else "paused" if self._core.paused else "recording",
@@ -584,10 +539,6 @@ class Recorder:
                 log.warning("moe_native: %s", problem)
         except Exception as error:
             log.warning("moe_native: a crashed run in %s could not be recovered: %s", self.path, error)
-
-
-def _set(layers: Iterable[int] | None) -> frozenset[int] | None:
-    return None if layers is None else frozenset(layers)
 
 
 def _close_at_exit(recorder: Recorder) -> Any:

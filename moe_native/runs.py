@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,3 +106,31 @@ def _positions(values: Any) -> npt.NDArray[np.uint32]:
     if array.ndim != 1 or (array.size and (array.min() < 0 or array.max() >= UNKNOWN)):
         raise ValueError("positions are whole numbers from 0 to 4294967294, in one dimension")
     return array.astype(np.uint32)
+
+
+def runs_of(
+    names: Sequence[str] | None,
+    positions: npt.NDArray[np.uint32],
+    modality: str,
+    learn: Callable[[str], tuple[int, int]],
+) -> npt.NDArray[np.void]:
+    """Runs of rows of which each has a name and a position, as `one_per_row` gives them.
+
+    Args:
+        learn: gives the index of a request, and the length of its prompt, -1 where unknown.
+
+    Returns:
+        `[runs]` of `RUN_DTYPE`. A row is of the prompt iff its position is below the prompt's length; where either is
+        unknown, so is the phase.
+    """
+    rows = len(positions)
+    if names is None:
+        classes = np.full(rows, row_class("unknown", modality, False), np.uint16)
+        return join_rows(np.full(rows, UNKNOWN, np.uint32), positions, classes)
+    known = {name: learn(name) for name in dict.fromkeys(names)}
+    requests = np.fromiter((known[name][0] for name in names), np.uint32, rows)
+    prompts = np.fromiter((known[name][1] for name in names), np.int64, rows)
+    unknown, prefill, decode = (row_class(phase, modality, True) for phase in ("unknown", "prefill", "decode"))
+    told = (prompts >= 0) & (positions != UNKNOWN)
+    classes = np.where(told, np.where(positions < prompts, prefill, decode), unknown).astype(np.uint16)
+    return join_rows(requests, positions, classes)

@@ -4,6 +4,7 @@ counted in any case."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moe_native.config import COUNTS, FIELDS
@@ -24,6 +25,11 @@ class Tier:
     fields: tuple[str, ...]
     layers: frozenset[int] | None = None
     sample: float = 1.0
+
+    @staticmethod
+    def layer_set(layers: Iterable[int] | None) -> frozenset[int] | None:
+        """`layers` from a list of them."""
+        return None if layers is None else frozenset(layers)
 
     @property
     def counted(self) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import struct
 
-import numpy as np
 import pytest
 
 from moe_native import notes as module
-from moe_native.notes import COUNTED, Notes, SampledSteps
-from moe_native.runs import RUN_DTYPE, UNKNOWN
+from moe_native.notes import COUNTED, Notes
+from moe_native.runs import UNKNOWN
 from moe_native.tier import Tier
 
 ALL = Tier(("ids",))
@@ -162,17 +161,3 @@ def test_indices_wrap_around_and_never_meet():
     assert [notes.request(name, {}) for name in "ab"] == [COUNTED - 1, 0]
     notes.tier = Tier(("counts",))
     assert [notes.request(name, {}) for name in "cd"] == [UNKNOWN - 1, COUNTED]
-
-
-def test_late_facts_of_sampled_steps_are_told_by_request_and_position(monkeypatch):
-    steps = SampledSteps()
-    runs = np.array([(7, 10, 3, 0, 0), (COUNTED, 0, 2, 0, 0), (UNKNOWN, UNKNOWN, 1, 0, 0), (8, 5, 4, 0, 0)], RUN_DTYPE)
-    steps.add(4, runs)
-    assert steps.find(4, 1, 6) == [(7, 11, 2), (COUNTED, 0, 2), (8, 5, 1)]
-    assert steps.find(4, 8, 100) == [(8, 7, 2)]
-    assert steps.find(3, 0, 1) is None  # all of its rows are stored
-    monkeypatch.setattr(module, "MOST_SAMPLED_STEPS", 2)
-    for step in (5, 9):
-        steps.add(step, runs)
-    assert steps.find(4, 1, 6) == []  # too long ago: better nothing than something of other rows
-    assert steps.find(6, 0, 1) is None and steps.find(9, 0, 1) == [(7, 10, 1)]
