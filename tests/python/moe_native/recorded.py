@@ -63,22 +63,22 @@ class Transformers:
 
         self._model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
 
-    def logits(self, tokens: list[int]) -> npt.NDArray[np.float32]:
-        """`[tokens, layers, experts]`, from one pass over all of them."""
+    def logits(self, tokens: list[int], **inputs: Any) -> npt.NDArray[np.float32]:
+        """`[tokens, layers, experts]`, from one pass over all of them. `inputs`: what the model is given beside."""
         import torch
 
         with torch.no_grad():
-            output = self._model(torch.tensor([tokens]), output_router_logits=True)
+            output = self._model(torch.tensor([tokens]), output_router_logits=True, **inputs)
         logits: npt.NDArray[np.float32] = torch.stack(output.router_logits, dim=1).numpy()
         return logits
 
-    def check_ids(self, tokens: list[int], ids: npt.NDArray[Any], what: str) -> tuple[int, int]:
+    def check_ids(self, tokens: list[int], ids: npt.NDArray[Any], what: str, **inputs: Any) -> tuple[int, int]:
         """`ids` `[tokens, layers, k]` are the experts that transformers chooses, but for near-ties. Returns how many
         rows of layers were compared, and how many of them were near-ties."""
-        logits = self.logits(tokens)
-        expected = np.argsort(-logits, axis=-1, kind="stable")[..., :TOP_K]
+        logits, top_k = self.logits(tokens, **inputs), ids.shape[-1]
+        expected = np.argsort(-logits, axis=-1, kind="stable")[..., :top_k]
         ranked = -np.sort(-logits, axis=-1)
-        margin = ranked[..., TOP_K - 1] - ranked[..., TOP_K]
+        margin = ranked[..., top_k - 1] - ranked[..., top_k]
         different = (np.sort(ids.astype(np.int64), axis=-1) != np.sort(expected, axis=-1)).any(axis=-1)
         assert (margin[different] < NEAR_TIE).all(), f"{what}: {margin[different]}"
         return different.size, int(different.sum())
