@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 import moe_trace
+from moe_native.runs import DRAFT
 
 LAYERS, EXPERTS, TOP_K = 4, 60, 4  # of the checkpoint
 PROMPTS = [f"Maria has {n} hens and buys {3 * n} more." + " How many eggs?" * n for n in range(6)]
@@ -104,6 +105,22 @@ def check_rows(recorded: Recorded, requests: list[dict[str, Any]]) -> int:
         for position in range(cached, len(executed)):
             assert tokens[position] == executed[position], (request["id"], position)
     return repeated
+
+
+def check_fates(recorded: Recorded) -> tuple[int, int]:
+    """Rejected drafts are exactly the rows whose position was executed again, beside those behind a request's end.
+    Returns how many drafts there were, and how many were rejected."""
+    rejected = 0
+    for request in recorded.requests:
+        rows, executed = recorded.trace.request(request["id"]), len(recorded.executed(request))
+        order = rows.positions.tolist()
+        for number, (position, flag) in enumerate(zip(order, rows.flags.tolist(), strict=True)):
+            assert not flag & UNDECIDED  # the sampler's output says what became of the last step's drafts, too
+            # A rejected draft's position is executed again, except behind the end of the request.
+            if position < executed:
+                assert bool(flag & REJECTED) == (position in order[number + 1 :])
+            rejected += bool(flag & REJECTED)
+    return sum(rows for cls, rows in recorded.trace.rows_by_class.items() if cls & DRAFT), rejected
 
 
 def check_routing(recorded: Recorded, requests: list[dict[str, Any]], judge: Transformers) -> int:
