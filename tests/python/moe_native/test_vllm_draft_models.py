@@ -4,16 +4,33 @@ those of the model are what they are without it, drafts and their fates marked."
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_moe
 from architectures import DEEPSEEK, ONE_GROUP, SIZES
 from conftest import Engine
-from recorded import LAYERS, MAX_TOKENS, PROMPTS, Recorded, Transformers, check_fates, check_routing, check_rows, job
+from recorded import (
+    LAYERS,
+    MAX_TOKENS,
+    PROMPTS,
+    REJECTED,
+    UNDECIDED,
+    Recorded,
+    Transformers,
+    check_fates,
+    check_routing,
+    check_rows,
+    job,
+)
 
 pytestmark = pytest.mark.vllm
+
+MTP = {"method": "mtp", "num_speculative_tokens": 1}
+GLM = "Glm4MoeMTP has 1 MoE layer of its own, which is"
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +82,7 @@ def with_a_layer_that_predicts(tmp_path_factory: pytest.TempPathFactory) -> Path
     return directory
 
 
-def run(engine: Engine, checkpoint: Path, path: Path, **arguments: Any) -> Recorded:
+def run(engine: Engine, checkpoint: Path, path: Path, environment: Any = (), **arguments: Any) -> Recorded:
     """An engine in one process, eager, with prompts in chunks and requests in batches."""
     calls = {"prompts": PROMPTS, "max_tokens": 2 * MAX_TOKENS}
     arguments = {
@@ -76,7 +93,7 @@ def run(engine: Engine, checkpoint: Path, path: Path, **arguments: Any) -> Recor
         **arguments,
     }
     work = {**job(checkpoint, calls, **arguments), "inspect": False}
-    return Recorded(path, engine(work, VLLM_ENABLE_V1_MULTIPROCESSING="0"))
+    return Recorded(path, engine(work, VLLM_ENABLE_V1_MULTIPROCESSING="0", **dict(environment)))
 
 
 def check(recorded: Recorded, checkpoint: Path, layers: tuple[int, ...], drafter: str) -> str:
@@ -110,9 +127,31 @@ def test_a_draft_model(
 def test_layers_that_predict_further_tokens(
     engine: Engine, with_a_layer_that_predicts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    speculative = {"method": "mtp", "num_speculative_tokens": 1}
-    recorded = run(engine, with_a_layer_that_predicts, tmp_path / "trace", speculative_config=speculative)
+    recorded = run(engine, with_a_layer_that_predicts, tmp_path / "trace", speculative_config=MTP)
     # It is layer 3 of the checkpoint, and none of the model's.
-    said = check(recorded, with_a_layer_that_predicts, (1, 2), "Glm4MoeMTP has 1 MoE layer of its own, which is")
+    said = check(recorded, with_a_layer_that_predicts, (1, 2), GLM)
     with capsys.disabled():
         print(f"\n  {said}", end="")
+
+
+def test_the_newer_runner(engine: Engine, with_a_layer_that_predicts: Path, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="vLLM's newer model runner needs Triton")
+    path = [str(Path(__file__).with_name("triton_on_cpu")), os.environ.get("PYTHONPATH", "")]
+    environment = {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": os.pathsep.join(path)}
+    recorded = run(engine, with_a_layer_that_predicts, tmp_path / "trace", environment, speculative_config=MTP)
+    assert recorded.answer["runner"] == "vllm.v1.worker.cpu.model_runner"
+    trace, judge = recorded.trace, Transformers(with_a_layer_that_predicts)
+    assert trace.complete and trace.layers == (1, 2)
+    assert trace.metadata["left_out"] == [f"the draft model {GLM} not recorded"]
+    rejected = 0
+    for request in recorded.requests:
+        rows, executed = trace.request(request["id"]), recorded.executed(request)
+        # Its sampler's output comes too late to tell of the last step's drafts.
+        undecided = rows.flags & UNDECIDED != 0
+        assert (rows.step_numbers[undecided] == rows.step_numbers.max()).all()
+        kept = np.flatnonzero((rows.flags & REJECTED == 0) & (rows.positions < len(executed)))
+        assert rows.positions[kept].tolist() == list(range(len(executed)))
+        assert rows.tokens[kept].tolist() == executed
+        judge.check_ids(executed, rows.ids[kept], request["id"])
+        rejected += int((rows.flags & REJECTED != 0).sum())
+    assert rejected > 0
