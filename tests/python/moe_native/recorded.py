@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 import moe_trace
+from moe_native.runs import DRAFT
 
 LAYERS, EXPERTS, TOP_K = 4, 60, 4  # of the checkpoint
 PROMPTS = [f"Maria has {n} hens and buys {3 * n} more." + " How many eggs?" * n for n in range(6)]
@@ -63,22 +64,22 @@ class Transformers:
 
         self._model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
 
-    def logits(self, tokens: list[int]) -> npt.NDArray[np.float32]:
-        """`[tokens, layers, experts]`, from one pass over all of them."""
+    def logits(self, tokens: list[int], **inputs: Any) -> npt.NDArray[np.float32]:
+        """`[tokens, layers, experts]`, from one pass over all of them. `inputs`: what the model is given beside."""
         import torch
 
         with torch.no_grad():
-            output = self._model(torch.tensor([tokens]), output_router_logits=True)
+            output = self._model(torch.tensor([tokens]), output_router_logits=True, **inputs)
         logits: npt.NDArray[np.float32] = torch.stack(output.router_logits, dim=1).numpy()
         return logits
 
-    def check_ids(self, tokens: list[int], ids: npt.NDArray[Any], what: str) -> tuple[int, int]:
+    def check_ids(self, tokens: list[int], ids: npt.NDArray[Any], what: str, **inputs: Any) -> tuple[int, int]:
         """`ids` `[tokens, layers, k]` are the experts that transformers chooses, but for near-ties. Returns how many
         rows of layers were compared, and how many of them were near-ties."""
-        logits = self.logits(tokens)
-        expected = np.argsort(-logits, axis=-1, kind="stable")[..., :TOP_K]
+        logits, top_k = self.logits(tokens, **inputs), ids.shape[-1]
+        expected = np.argsort(-logits, axis=-1, kind="stable")[..., :top_k]
         ranked = -np.sort(-logits, axis=-1)
-        margin = ranked[..., TOP_K - 1] - ranked[..., TOP_K]
+        margin = ranked[..., top_k - 1] - ranked[..., top_k]
         different = (np.sort(ids.astype(np.int64), axis=-1) != np.sort(expected, axis=-1)).any(axis=-1)
         assert (margin[different] < NEAR_TIE).all(), f"{what}: {margin[different]}"
         return different.size, int(different.sum())
@@ -104,6 +105,22 @@ def check_rows(recorded: Recorded, requests: list[dict[str, Any]]) -> int:
         for position in range(cached, len(executed)):
             assert tokens[position] == executed[position], (request["id"], position)
     return repeated
+
+
+def check_fates(recorded: Recorded) -> tuple[int, int]:
+    """Rejected drafts are exactly the rows whose position was executed again, beside those behind a request's end.
+    Returns how many drafts there were, and how many were rejected."""
+    rejected = 0
+    for request in recorded.requests:
+        rows, executed = recorded.trace.request(request["id"]), len(recorded.executed(request))
+        order = rows.positions.tolist()
+        for number, (position, flag) in enumerate(zip(order, rows.flags.tolist(), strict=True)):
+            assert not flag & UNDECIDED  # the sampler's output says what became of the last step's drafts, too
+            # A rejected draft's position is executed again, except behind the end of the request.
+            if position < executed:
+                assert bool(flag & REJECTED) == (position in order[number + 1 :])
+            rejected += bool(flag & REJECTED)
+    return sum(rows for cls, rows in recorded.trace.rows_by_class.items() if cls & DRAFT), rejected
 
 
 def check_routing(recorded: Recorded, requests: list[dict[str, Any]], judge: Transformers) -> int:

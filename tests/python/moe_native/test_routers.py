@@ -312,7 +312,7 @@ def test_real_vllm_routers_have_what_the_hook_needs() -> None:
 
 def test_a_draft_models_layers_are_said_to_be_left_out() -> None:
     draft = model(Runner("model.layers.0.mlp.experts", Router()), Runner("model.layers.1.mlp.experts", Router()))
-    said = ["the MoE layers of the draft model ModuleList, 2 of them, are not recorded"]
+    said = ["the draft model ModuleList has 2 MoE layers of its own, which are not recorded"]
     assert routers.left_out(SimpleNamespace(drafter=SimpleNamespace(model=draft))) == said
     newer = SimpleNamespace(drafter=None, speculator=SimpleNamespace(model=draft))
     assert routers.left_out(newer) == said

@@ -17,12 +17,11 @@ from conftest import Engine
 from recorded import (
     LAYERS,
     RECOMPUTED,
-    REJECTED,
     SUPERSEDED,
     TOP_K,
-    UNDECIDED,
     Recorded,
     Transformers,
+    check_fates,
     check_routing,
     check_rows,
     job,
@@ -191,19 +190,8 @@ def test_speculative_decoding_marks_drafts_and_their_fates(
     assert trace.complete
     repeated = check_rows(recorded, recorded.requests)
     check_routing(recorded, recorded.requests, transformers)
-    rejected = 0
-    for request in recorded.requests:
-        rows, executed = trace.request(request["id"]), len(recorded.executed(request))
-        order = rows.positions.tolist()
-        for number, (position, flag) in enumerate(zip(order, rows.flags.tolist(), strict=True)):
-            assert not flag & UNDECIDED  # the sampler's output says what became of the last step's drafts, too
-            # A rejected draft's position is executed again, except behind the end of the request.
-            if position < executed:
-                assert bool(flag & REJECTED) == (position in order[number + 1 :])
-            rejected += bool(flag & REJECTED)
-    assert rejected >= repeated > 0
-    drafts = sum(int((batch._block.runs["cls"] >> 8 & 1) @ batch._block.runs["count"]) for batch in trace.batches())
-    assert drafts > rejected
+    drafts, rejected = check_fates(recorded)
+    assert drafts > rejected >= repeated > 0
 
 
 def test_the_newer_runner_and_vllms_own_routed_experts(
