@@ -3,6 +3,7 @@ row's fate is a late fact about an earlier step."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,14 +26,16 @@ class Drafts:
 class DraftFates:
     """Drafts whose fate is not known yet, by request.
 
-    The sampler's output says it right after the step. Where that is not seen (it is still on its way from the device,
-    or another pipeline stage samples), the request's next step does: it goes on at the first position that was not
-    accepted. What nobody says, as of the last step of a request then, is marked `undecided`.
+    The sampler's output says it right after the step, or when it has come from the device. Where the request's next
+    step is faster, that does: it goes on at the first position that was not accepted. What nobody says, as of a last
+    step that another pipeline stage samples, is marked `undecided`.
     """
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._waiting: dict[str, Drafts] = {}
+        # Outputs that have come since, and what waited for each. Another thread may have put them here.
+        self._late: deque[tuple[Any, dict[str, Drafts]]] = deque()
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -42,14 +45,32 @@ class DraftFates:
         self._waiting[request] = drafts
 
     def sampled(self, output: Any) -> None:
-        """What the sampler returned for the last step, if it is there already: a list of tokens a request, the
-        accepted drafts and one more."""
+        """What the sampler returned for the last step: for each request a list of tokens, the accepted drafts and one
+        more; or an object that will give it."""
+        original = getattr(output, "get_output", None)
+        if original is None:
+            return self._read(output, self._waiting)
+        late, waiting = self._late, dict(self._waiting)
+
+        def get_output(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            late.append((result, waiting))
+            return result
+
+        output.get_output = get_output
+
+    def take_late(self) -> None:
+        """Read the outputs that have come since the last step."""
+        while self._late:
+            self._read(*self._late.popleft())
+
+    def _read(self, output: Any, asked: dict[str, Drafts]) -> None:
         tokens = getattr(output, "sampled_token_ids", None)
         if not isinstance(tokens, list):
             return
         for request, sampled in zip(output.req_ids, tokens, strict=True):
             drafts = self._waiting.get(request)
-            if drafts is not None and len(sampled) > 0:
+            if drafts is not None and drafts is asked.get(request) and len(sampled) > 0:
                 self._judge(request, accepted=len(sampled) - 1)
 
     def continued(self, request: str, position: int) -> None:

@@ -74,6 +74,7 @@ class Steps:
     def begin(self, scheduler_output: Any) -> bool:
         """Learn of new and ended requests, and open a step when there is something to execute. Whether a step is
         open."""
+        self._fates.take_late()
         for request in scheduler_output.finished_req_ids:
             self._forget(request)
         for data in scheduler_output.scheduled_new_reqs:
@@ -148,6 +149,11 @@ class Steps:
         """What the sampler returned for the step that was ended last."""
         if self._fates:
             self._fates.sampled(output)
+
+    def close(self) -> None:
+        """No more steps will come."""
+        self._fates.take_late()
+        self._fates.missed()
 
     def abort(self) -> None:
         """The forward pass, or `begin` or `end`, raised."""

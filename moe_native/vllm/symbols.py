@@ -217,6 +217,12 @@ SAMPLED = Symbols(
     by="drafts",
     why="which drafts were accepted",
 )
+SAMPLED_LATER = Symbols(
+    "vllm.v1.outputs:AsyncModelRunnerOutput",
+    ("get_output",),
+    by="drafts",
+    why="which drafts were accepted, when that comes from the device later",
+)
 FEATURE = Symbols(
     "vllm.multimodal.inputs:MultiModalFeatureSpec", ("modality", "mm_position"), by="media", why="the modality of rows"
 )

@@ -281,6 +281,8 @@ class WorkerRecording:
 
     def _close(self) -> None:
         global _bindings_in_use
+        if self._steps is not None:
+            self._guard("closing the steps", self._steps.close)
         self._armed, self._steps = False, None
         recorder, self.recorder = self.recorder, None
         if recorder is None:

@@ -215,9 +215,42 @@ def test_drafts_of_a_last_step_are_judged_by_what_the_sampler_returned(engine: E
     assert engine.recorder.amended == [(1, 1, 3, ["rejected"])]
     # Nothing more is said of them when the requests go on, or end.
     engine.step({A: (5, 3), B: (7, 2)}, drafts={A: 2, B: 1})
-    engine.steps.sampled(SimpleNamespace(get_output=None))  # still on its way from the device
+    engine.steps.sampled(SimpleNamespace())  # of another pipeline stage
     engine.step({A: (6, 1)}, finished=(B,))
     assert engine.recorder.amended[1:] == [(2, 4, 1, ["undecided"]), (2, 1, 2, ["rejected"])]
+
+
+def test_drafts_are_judged_by_an_output_that_comes_later(engine: Engine) -> None:
+    def output(tokens: dict[str, list[int]]) -> Any:
+        whole = SimpleNamespace(req_ids=list(tokens), sampled_token_ids=list(tokens.values()))
+        on_its_way = SimpleNamespace(get_output=lambda: whole)
+        engine.steps.sampled(on_its_way)
+        return on_its_way
+
+    engine.step({A: (0, 4), B: (0, 4)}, new={A: 4, B: 4})
+    engine.step({A: (4, 4), B: (4, 3)}, drafts={A: 3, B: 2})
+    first = output({A: [1, 2], B: [3]})
+    # a's next step comes before the output of the one before, and says it as well.
+    engine.step({A: (6, 3), B: (5, 1)}, drafts={A: 2})
+    assert engine.recorder.amended == [(1, 2, 2, ["rejected"]), (1, 5, 2, ["rejected"])]
+    assert first.get_output().req_ids == [A, B]
+    last = output({A: [4]})
+    engine.step({B: (6, 1)})
+    assert len(engine.recorder.amended) == 2
+    # It was a's last step, and its output comes before the scheduler says that a has ended.
+    assert last.get_output().sampled_token_ids == [[4]]
+    engine.step({B: (7, 1)}, finished=(A,))
+    assert engine.recorder.amended[2:] == [(2, 1, 2, ["rejected"])]
+
+
+def test_at_the_end_drafts_are_judged_by_what_has_come_and_the_others_are_undecided(engine: Engine) -> None:
+    engine.step({A: (0, 4), B: (0, 4)}, new={A: 4, B: 4})
+    engine.step({A: (4, 4), B: (4, 3)}, drafts={A: 3, B: 2})
+    output = SimpleNamespace(get_output=lambda: SimpleNamespace(req_ids=[A], sampled_token_ids=[[1, 2]]))
+    engine.steps.sampled(output)
+    output.get_output()
+    engine.steps.close()
+    assert engine.recorder.amended == [(1, 2, 2, ["rejected"]), (1, 5, 2, ["undecided"])]
 
 
 class Half:
