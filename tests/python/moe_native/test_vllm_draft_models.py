@@ -146,9 +146,7 @@ def test_the_newer_runner(engine: Engine, with_a_layer_that_predicts: Path, tmp_
     rejected = 0
     for request in recorded.requests:
         rows, executed = trace.request(request["id"]), recorded.executed(request)
-        # Its sampler's output comes too late to tell of the last step's drafts.
-        undecided = rows.flags & UNDECIDED != 0
-        assert (rows.step_numbers[undecided] == rows.step_numbers.max()).all()
+        assert not (rows.flags & UNDECIDED).any()  # its sampler's output comes after the step, but it comes
         kept = np.flatnonzero((rows.flags & REJECTED == 0) & (rows.positions < len(executed)))
         assert rows.positions[kept].tolist() == list(range(len(executed)))
         assert rows.tokens[kept].tolist() == executed
