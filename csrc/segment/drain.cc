@@ -93,7 +93,7 @@ void Drain::run() {
       stop = stop_;
     }
     const bool all = stop || wanted > flush_done_;
-    if (all) retry_at_ = {};  // the disk may be well again, and this the last time to write
+    if (stop) retry_at_ = {};  // the disk may be well again, and this is the last time to write
     try {
       const bool was_empty = assembler_.ready().empty();
       assembler_.poll();
