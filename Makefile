@@ -47,7 +47,7 @@ contract: $(VENV)/installed
 bench: $(VENV)/installed $(VENV)/tools
 	cd tests && ../$(PY) -m pytest benchmarks --benchmark-disable-gc --benchmark-warmup=on \
 	  --benchmark-columns=min,median,max,rounds --benchmark-group-by=group --benchmark-sort=fullname $(PYTEST)
-	cd tests/benchmarks && ../../$(PY) size.py && ../../$(PY) vllm_throughput.py
+	cd tests/benchmarks && ../../$(PY) size.py && ../../$(PY) vllm_step.py && ../../$(PY) vllm_throughput.py
 
 wheel: $(VENV)/installed
 	rm -rf dist
