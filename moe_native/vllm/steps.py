@@ -30,7 +30,6 @@ from moe_native.vllm.prefix import BlockOwners, CachedSpan
 log = logging.getLogger("moe_native")
 
 PREFILL, DECODE = row_class("prefill", "text", True), row_class("decode", "text", True)
-_PHASE_BITS = 3
 
 # InputProcessor.assign_request_id: the id the user knows, a dash, and 8 hexadecimal digits.
 _SUFFIX = re.compile(r"-[0-9a-f]{8}$")
