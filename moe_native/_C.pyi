@@ -1,5 +1,6 @@
-"""The C++ half of `Recorder` (csrc/python/module.cc)."""
+"""The C++ half of `Recorder` and of the attribution of rows (csrc/python)."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ class Recording:
         max_bytes: int,
         flush_seconds: float,
     ) -> None: ...
-    def bind(self, layer: int, experts: int, k: int, enabled: bool, every_step: bool) -> int: ...
+    def bind(self, layer: int, experts: int, k: int, enabled: bool, every_step: bool, logits_width: int) -> int: ...
     def begin_step(self, rows: int, spans: Any = None) -> int: ...
     def place(self, places: list[tuple[int, int, int, int]]) -> None: ...
     def narrow(self, rows: int) -> None: ...
@@ -52,5 +53,34 @@ class Recording:
     def step_number(self) -> int: ...
     @property
     def step_open(self) -> bool: ...
+
+class RequestRows:
+    """A request under way (csrc/core/request_rows.h)."""
+
+    def __init__(self, index: int, prompt: int) -> None: ...
+    def set_media(self, media: list[tuple[int, int, int]]) -> None: ...
+    prompt: int
+    @property
+    def index(self) -> int: ...
+    @property
+    def executed(self) -> int: ...
+
+def attribute(
+    batch: Sequence[str],
+    batch_size: int,
+    scheduled: Mapping[str, int],
+    speculated: Mapping[str, Any],
+    requests: Mapping[str, RequestRows],
+    positions: npt.NDArray[Any],
+    rows: int,
+) -> npt.NDArray[np.void] | None:
+    """The runs of a step (csrc/python/request_rows.cc): its rows are those of the first `batch_size` requests of
+    `batch`, one after the other, as many of each as `scheduled` says; the last ones of them are its drafts in
+    `speculated`. `positions` has one item a row, or more. None, and nothing is changed, where `requests` lacks one.
+
+    Raises:
+        KeyError: one is not scheduled.
+        ValueError: they do not have `rows` rows, or a position is impossible.
+    """
 
 def owner() -> dict[str, Any]: ...

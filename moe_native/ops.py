@@ -17,6 +17,9 @@ _load_library(str(Path(_C.__file__).with_name("libmoe_native_ops.so")))
 #: never freed: compiled graphs hold it.
 state: torch.Tensor = torch.zeros(8, dtype=torch.int64)
 
+#: The op itself, for callers that cannot spare a Python call.
+op: Any = torch.ops.moe_native.record.default
+
 #: Goes into vLLM's compile-cache key: a graph that was cached without the op, or with another schema of it, must not be
 #: used.
 SCHEMA_VERSION = "record-1"
@@ -40,4 +43,4 @@ def record(
 
     Never raises for what is in the tensors: an unusable shape or dtype is a counted loss and one line in the log.
     """
-    torch.ops.moe_native.record(state, topk_ids, topk_weights, router_logits, hidden, binding)
+    op(state, topk_ids, topk_weights, router_logits, hidden, binding)

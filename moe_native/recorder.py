@@ -190,7 +190,7 @@ class Recorder:
 
     def _adopt_wanted(self) -> None:
         """Between two steps: before a request of the next one is known, because that decides about it."""
-        if not self._core.step_open:
+        if self._sampling.changes and not self._core.step_open:
             self._sampling.adopt(self._take)
 
     def _take(self, tier: Tier) -> None:
@@ -215,6 +215,7 @@ class Recorder:
         status: str = "exact",
         detail: str = "",
         every_step: bool = True,
+        logits: int = 0,
     ) -> int:
         """Make a binding for one router; bind in the order of the model's modules.
 
@@ -227,6 +228,7 @@ class Recorder:
             detail: a remark for the coverage ledger.
             every_step: False where a step may leave the layer out, as an encoder's layers in a decoding step; else a
                 step without its rows counts as a loss.
+            logits: width of the router's logits: a tensor of another width is not taken for them. 0 takes any.
 
         Returns:
             The index to give to `record` or to the op.
@@ -239,7 +241,8 @@ class Recorder:
             raise ValueError(f"layer {layer} is not between 0 and 65534")
         if not 1 <= experts <= 0xFFFF or not 1 <= top_k <= 0xFFFF:
             raise ValueError(f"layer {layer}: experts={experts}, top_k={top_k} must be between 1 and 65535")
-        binding = int(self._core.bind(layer, experts, top_k, self._sampling.tier.takes(layer), every_step))
+        enabled = self._sampling.tier.takes(layer)
+        binding = int(self._core.bind(layer, experts, top_k, enabled, every_step, operator.index(logits)))
         self._bindings[binding] = layer
         self._metadata.add_layer(layer, name, experts, top_k, status, detail, every_step)
         return binding
@@ -357,7 +360,7 @@ class Recorder:
         Raises:
             ValueError: the runs do not cover the step's rows. The step stays open: abort it.
         """
-        runs = self._sampling.mark(self.step_number, np.ascontiguousarray(runs))
+        runs = self._sampling.mark(self._core.step_number, runs)
         notes = self._notes.next()
         if tokens is not None:
             tokens = np.ascontiguousarray(tokens, dtype=np.uint32) if "tokens" in self.fields else None

@@ -32,6 +32,11 @@ class Sampling:
         self._steps = _SampledSteps()
 
     @property
+    def changes(self) -> bool:
+        """Whether another tier is wanted."""
+        return self._wanted is not None
+
+    @property
     def next(self) -> Tier:
         """The tier from the next step on."""
         return self._wanted or self.tier
@@ -58,11 +63,10 @@ class Sampling:
 
     def adopt(self, take: Callable[[Tier], None]) -> None:
         """Between two steps: make the wanted tier, if there is one, that of the steps to come, and tell `take`."""
-        if self._wanted is None:
-            return
         with self._lock:
             tier, self._wanted = self._wanted, None
-        assert tier is not None  # only this thread takes it
+        if tier is None:
+            return
         self.tier = tier
         self._may_leave_out = self._may_leave_out or tier.sample < 1 or tier.counted
         take(tier)

@@ -78,12 +78,14 @@ StepRecorder::StepRecorder(const Ring& ring, Overflow overflow, uint32_t fields,
 
 StepRecorder::~StepRecorder() { unbind_all(*this); }
 
-int StepRecorder::bind(uint16_t layer, uint32_t experts, uint32_t k, bool enabled, bool every_step) {
+int StepRecorder::bind(uint16_t layer, uint32_t experts, uint32_t k, bool enabled, bool every_step,
+                       uint32_t logits_width) {
   uint32_t row_bytes = k * static_cast<uint32_t>(size_of(id_dtype_for(experts)));
   if ((fields_ & kFieldWeights) != 0) row_bytes += k * 4;
   if ((fields_ & kFieldLogits) != 0) row_bytes += experts * 4;
   const int index = moe_native::bind(*this, layer, experts, row_bytes, enabled, every_step);
   if (index < 0) throw std::length_error("this process has no free router binding left");
+  binding(index)->logits_width = logits_width;
   bindings_.push_back(binding(index));
   return index;
 }
@@ -230,10 +232,11 @@ void StepRecorder::complain(Binding& b, const char* problem) noexcept {
   }
 }
 
-void StepRecorder::record(Binding& b, const LayerInput& in) noexcept {
+void StepRecorder::record(Binding& b, LayerInput in) noexcept {
   const uint64_t step = open_step_.load(std::memory_order_acquire);
   if (step == 0 || !b.enabled.load(std::memory_order_relaxed)) return;
   if (failed_.load(std::memory_order_relaxed) >= 0) return;
+  if (b.logits_width != 0 && in.logits.width != b.logits_width) in.logits.data = nullptr;
   if (const char* problem = unusable(in)) {
     b.step.store(step,
                  std::memory_order_relaxed);  // where further chunks of this layer would lie is not known any more

@@ -76,7 +76,9 @@ class StepRecorder {
 
   // Throws std::length_error when the process has no free binding.
   // `every_step`: a step in which this layer has no rows has lost them, and is counted so.
-  int bind(uint16_t layer, uint32_t experts, uint32_t k, bool enabled, bool every_step = true);
+  // `logits_width`: a tensor of another width is not taken for the router's logits; 0 takes any.
+  int bind(uint16_t layer, uint32_t experts, uint32_t k, bool enabled, bool every_step = true,
+           uint32_t logits_width = 0);
 
   // `spans` ascend and do not overlap. With Overflow::kBlock this may wait.
   Begun begin_step(std::span<const RowSpan> spans) noexcept;
@@ -87,7 +89,7 @@ class StepRecorder {
   void place(std::span<const Place> places) noexcept;
   // The open step has only so many rows, as is known before its first layer.
   void narrow(int64_t rows) noexcept;
-  void record(Binding& binding, const LayerInput& input) noexcept;
+  void record(Binding& binding, LayerInput input) noexcept;
   // False: nothing is open, or the step was lost (counted). The runs must cover the step's rows.
   bool end_step(const StepTable& table) noexcept;
   void abort_step() noexcept;

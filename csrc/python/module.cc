@@ -1,5 +1,7 @@
 // Python's control over a recording: open, bind, step, flush, close, counters. The data itself goes through the torch
 // op.
+#include "python/module.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -48,8 +50,8 @@ class Handle {
     recording_ = std::make_unique<Recording>(options);
   }
 
-  int bind(uint16_t layer, uint32_t experts, uint32_t k, bool enabled, bool every_step) {
-    return get().steps().bind(layer, experts, k, enabled, every_step);
+  int bind(uint16_t layer, uint32_t experts, uint32_t k, bool enabled, bool every_step, uint32_t logits_width) {
+    return get().steps().bind(layer, experts, k, enabled, every_step, logits_width);
   }
 
   // 0 admitted, 1 refused, 2 paused
@@ -98,12 +100,13 @@ class Handle {
     if (usable()) recording_->steps().narrow(rows);
   }
 
-  bool end_step(const py::array& runs, const std::optional<py::array_t<uint32_t, py::array::c_style>>& tokens,
+  bool end_step(const py::array& given, const std::optional<py::array_t<uint32_t, py::array::c_style>>& tokens,
                 const py::bytes& notes, uint32_t note_count) {
     if (!usable()) return false;
-    if (runs.itemsize() != sizeof(Run) || (runs.flags() & py::array::c_style) == 0 || runs.ndim() != 1) {
+    if (given.itemsize() != sizeof(Run) || given.ndim() != 1) {
       throw py::value_error("runs must be a one-dimensional array of RUN_DTYPE");
     }
+    const auto runs = py::array::ensure(given, py::array::c_style);
     StepRecorder& steps = recording_->steps();
     StepTable table;
     table.runs = {static_cast<const Run*>(runs.data()), static_cast<size_t>(runs.size())};
@@ -218,7 +221,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("ring_bytes"), py::arg("lanes"), py::arg("block"), py::arg("fields"), py::arg("exact_weights"),
            py::arg("segment_bytes"), py::arg("max_bytes"), py::arg("flush_seconds"))
       .def("bind", &Handle::bind, py::arg("layer"), py::arg("experts"), py::arg("k"), py::arg("enabled"),
-           py::arg("every_step"))
+           py::arg("every_step"), py::arg("logits_width"))
       .def("begin_step", &Handle::begin_step, py::arg("rows"), py::arg("spans") = py::none())
       .def("place", &Handle::place, py::arg("places"))
       .def("narrow", &Handle::narrow, py::arg("rows"))
@@ -247,6 +250,7 @@ PYBIND11_MODULE(_C, m) {
       PyErr_SetObject(PyExc_OSError, arguments.ptr());
     }
   });
+  define_request_rows(m);
   m.def("owner", [] {
     const Owner owner = Owner::self();
     py::dict out;

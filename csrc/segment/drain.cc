@@ -19,9 +19,13 @@ namespace {
 
 constexpr uint64_t kBlockBytes = 4 << 20;  // of the ring, before compression
 constexpr uint64_t kFragmentBytes = 64 << 20;
-// Each look takes the model's core for a moment where there is none to spare, so they are rare until the ring fills.
-constexpr auto kPoll = std::chrono::milliseconds(20);
-constexpr auto kBusyPoll = std::chrono::milliseconds(2);
+// Each look takes the model's core for a moment where there is none to spare, so they are as rare as the ring allows:
+// no model fills it faster than this.
+constexpr uint64_t kFastestBytesPerMs = 640'000;
+constexpr uint64_t kFastestRecordsPerMs = 500;
+constexpr uint64_t kRarestMs = 100;
+constexpr uint64_t kUsualMs = 20;  // also of a small ring
+constexpr uint64_t kBusyMs = 2;
 constexpr auto kRetry = std::chrono::seconds(1);
 
 void leave_the_model_alone() noexcept {
@@ -80,15 +84,26 @@ void Drain::close() {
   if (thread_.joinable()) thread_.join();
 }
 
+// How long to wait before the next look at the ring.
+std::chrono::milliseconds Drain::until_next_look(uint64_t took_bytes) const {
+  const LaneMemory lane = ring_.lane(0);
+  if (assembler_.open_is_streamed() || took_bytes > lane.arena_bytes / 16) return std::chrono::milliseconds(kBusyMs);
+  const uint64_t bytes = (lane.arena_bytes - assembler_.held_bytes()) / kFastestBytesPerMs;
+  const uint64_t records = (lane.descriptor_count - assembler_.held_records()) / kFastestRecordsPerMs;
+  const auto flush_ms =
+      static_cast<uint64_t>(std::clamp(options_.flush_seconds * 1e3, double{kBusyMs}, double{kRarestMs}));
+  return std::chrono::milliseconds(std::min(flush_ms, std::clamp(std::min(bytes, records), kUsualMs, kRarestMs)));
+}
+
 void Drain::run() {
   leave_the_model_alone();
-  bool busy = false;
+  std::chrono::milliseconds wait(kUsualMs);
   for (;;) {
     uint64_t wanted;
     bool stop;
     {
       std::unique_lock lock(mutex_);
-      wake_.wait_for(lock, busy ? kBusyPoll : kPoll, [&] { return stop_ || flush_wanted_ > flush_done_; });
+      wake_.wait_for(lock, wait, [&] { return stop_ || flush_wanted_ > flush_done_; });
       wanted = flush_wanted_;
       stop = stop_;
     }
@@ -96,9 +111,10 @@ void Drain::run() {
     if (stop) retry_at_ = {};  // the disk may be well again, and this is the last time to write
     try {
       const bool was_empty = assembler_.ready().empty();
+      const uint64_t held = assembler_.held_bytes();
       assembler_.poll();
+      wait = until_next_look(assembler_.held_bytes() - held);
       if (stop) assembler_.end_open();
-      busy = assembler_.open_is_streamed() || assembler_.held_bytes() >= pressure_bytes() / 4;
       if (was_empty) oldest_ready_ = Clock::now();
       write_ready(all);
       write_fragment();

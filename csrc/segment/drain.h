@@ -54,6 +54,7 @@ class Drain {
   using Clock = std::chrono::steady_clock;
 
   void run();
+  std::chrono::milliseconds until_next_look(uint64_t took_bytes) const;
   void write_ready(bool all);
   void write_fragment();
   void write_bookkeeping();

@@ -121,7 +121,7 @@ class Router:
     ) -> None:
         if ids is not None and weights is not None:
             hidden = _rows(inputs[0]) if inputs and isinstance(inputs[0], torch.Tensor) else None
-            torch.ops.moe_native.record(ops.state, ids, weights, logits, hidden, self._binding)
+            ops.op(ops.state, ids, weights, logits, hidden, self._binding)
 
     def _complain(self, error: Exception) -> None:
         if not self._complained:

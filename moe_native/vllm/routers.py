@@ -145,7 +145,9 @@ def bind(layers: list[MoELayer], recorder: Recorder, first: int) -> int:
         if found.obstacle:
             recorder.miss(found.layer, name=found.name, detail=found.obstacle, experts=found.experts, top_k=found.top_k)
             continue
-        binding = recorder.bind(found.layer, experts=found.experts, top_k=found.top_k, name=found.name)
+        binding = recorder.bind(
+            found.layer, experts=found.experts, top_k=found.top_k, name=found.name, logits=found.logits
+        )
         if binding != first + len(hooks):
             raise RuntimeError(
                 f"binding {binding} where {first + len(hooks)} was expected: another recorder was opened or closed "
@@ -153,12 +155,12 @@ def bind(layers: list[MoELayer], recorder: Recorder, first: int) -> int:
             )
         hooks.append((found, binding))
     for found, binding in hooks:
-        _hook(found.router, found.logits, binding)
+        _hook(found.router, found.logits > 0, binding)
     return len(hooks)
 
 
-def _hook(router: Any, width: int, binding: int) -> None:
-    compute, record, state = router._compute_routing, torch.ops.moe_native.record, ops.state
+def _hook(router: Any, has_logits: bool, binding: int) -> None:
+    compute, record, state = router._compute_routing, ops.op, ops.state
 
     # Traced by torch.compile, so no more Python than this; the op never raises for what is in the tensors.
     def _compute_routing(
@@ -168,8 +170,7 @@ def _hook(router: Any, width: int, binding: int) -> None:
         if not isinstance(chosen, tuple) or len(chosen) != 2:
             return chosen  # not as it is known here: the trace shows that this layer has no rows
         weights, ids = chosen
-        logits = router_logits if router_logits is not None and router_logits.shape[-1] == width else None
-        record(state, ids, weights, logits, hidden_states, binding)
+        record(state, ids, weights, router_logits if has_logits else None, hidden_states, binding)
         return chosen
 
     router._compute_routing = _compute_routing

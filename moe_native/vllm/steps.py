@@ -11,7 +11,6 @@ repeated positions or draft tokens begin; most steps have nothing to cut.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import re
@@ -20,8 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_native import _C
 from moe_native.recorder import Recorder
-from moe_native.runs import DRAFT, FLAGS, RECOMPUTED, RUN_DTYPE, UNKNOWN, row_class
+from moe_native.runs import MODALITIES, RUN_DTYPE, UNKNOWN
 from moe_native.vllm.drafts import DraftFates, Drafts
 from moe_native.vllm.forward import Forward
 from moe_native.vllm.media import MediaSpan, media_spans
@@ -29,12 +29,8 @@ from moe_native.vllm.prefix import BlockOwners, CachedSpan
 
 log = logging.getLogger("moe_native")
 
-PREFILL, DECODE = row_class("prefill", "text", True), row_class("decode", "text", True)
-
 # InputProcessor.assign_request_id: the id the user knows, a dash, and 8 hexadecimal digits.
 _SUFFIX = re.compile(r"-[0-9a-f]{8}$")
-
-Ints = npt.NDArray[np.int64]
 
 
 def external_id(internal: str) -> str:
@@ -44,11 +40,18 @@ def external_id(internal: str) -> str:
     return _SUFFIX.sub("", internal)
 
 
-class Steps:
-    """Opens, attributes and closes the recorder's steps for one model runner.
+class Request(_C.RequestRows):
+    """A request under way."""
 
-    Requests live in slots of a few arrays, so that a step is a handful of numpy calls, however many requests it has.
-    """
+    def __init__(self, index: int, prompt: int, name: str) -> None:
+        super().__init__(index, prompt)
+        self.name = name  # under which it is recorded
+        self.media: list[MediaSpan] = []
+        self.cached: list[CachedSpan] = []  # which of its positions were never executed
+
+
+class Steps:
+    """Opens, attributes and closes the recorder's steps for one model runner."""
 
     def __init__(self, recorder: Recorder, runner: Any, *, forward: Forward | None = None) -> None:
         self._recorder = recorder
@@ -56,19 +59,9 @@ class Steps:
         self._runner = runner
         self.owners: BlockOwners | None = None  # of the KV blocks, where the prefix cache is followed
         self._fates = DraftFates(recorder)
-        self._slots: dict[str, int] = {}  # by vLLM's internal id
-        self._names: dict[str, str] = {}  # internal id -> the name it is recorded under
-        self._internal: dict[str, str] = {}  # and back, for the names in use
-        self._free: list[int] = []
-        self._index: Ints = np.zeros(0, np.int64)  # by slot: the recorder's request index,
-        self._prompt: Ints = np.zeros(0, np.int64)  # the prompt's length,
-        self._lowest: Ints = np.zeros(0, np.int64)  # the first of its positions that was executed (others were cached),
-        self._executed: Ints = np.zeros(0, np.int64)  # one past the last that was executed,
-        self._media: dict[int, list[MediaSpan]] = {}  # what is not text in its prompt,
-        self._cached: dict[int, list[CachedSpan]] = {}  # and which of its positions were never executed
-        # The batch of the step before: while it stays the same, looking its requests up can be left out.
-        self._batch: list[str] = []
-        self._batch_slots: Ints = np.zeros(0, np.int64)
+        self._requests: dict[str, Request] = {}  # by vLLM's internal id
+        self._internal: dict[str, str] = {}  # that id, by the name that is recorded
+        self._positions = _HostArray()
 
     def begin(self, scheduler_output: Any) -> bool:
         """Learn of new and ended requests, and open a step when there is something to execute. Whether a step is
@@ -111,21 +104,12 @@ class Steps:
         Raises:
             Exception: the rows cannot be told apart. The step is still open: `end_as_nobodys`.
         """
-        requests, positions, tokens = self._view(scheduler_output)
-        counts = self._counts(requests, scheduler_output.num_scheduled_tokens)
-        ends = counts.cumsum()
-        rows = scheduler_output.total_num_scheduled_tokens
-        if counts.sum() != rows:
-            raise ValueError(f"the batch's requests have {counts.sum()} rows, the step has {rows}")
-        first = positions[ends - counts]
-        drafts: dict[str, Drafts] = {}
+        batch, positions, tokens = self._view(scheduler_output)
         speculated = getattr(scheduler_output, "scheduled_spec_decode_tokens", None) or {}
-        if speculated:
-            drafts = self._drafts(requests, first.tolist(), ends.tolist(), counts.tolist(), speculated)
-        if self._fates:
-            for request, position in zip(requests, first.tolist(), strict=True):
-                self._fates.continued(request, position)
-        runs = self._runs(requests, first, counts, drafts)
+        runs = self._runs(batch, positions, scheduler_output, speculated)
+        drafts: dict[str, Drafts] = {}
+        if speculated or self._fates:
+            drafts = self._follow_drafts(batch, positions, scheduler_output.num_scheduled_tokens, speculated)
         if self._forward is not None:
             runs, tokens = self._forward.cut(runs, tokens)
         if self._recorder.end_step(runs, tokens=tokens):
@@ -163,96 +147,58 @@ class Steps:
 
     # The runner's batch.
 
-    def _view(self, scheduler_output: Any) -> tuple[list[str], npt.NDArray[Any], npt.NDArray[Any] | None]:
-        """Requests in the order of their rows, positions of the rows, and their token ids when they are asked for."""
-        runner, rows = self._runner, scheduler_output.total_num_scheduled_tokens
+    def _view(self, scheduler_output: Any) -> tuple[Any, npt.NDArray[Any], npt.NDArray[Any] | None]:
+        """The batch, whose requests are in the order of their rows; positions of the rows; and their token ids when
+        they are asked for."""
+        runner = self._runner
         batch = getattr(getattr(runner, "execute_model_state", None), "input_batch", None)
         if batch is not None:  # the newer runner
             source = batch
         else:
             batch, source = runner.input_batch, runner
-        positions = _array(source.positions)
-        tokens = _array(source.input_ids)[:rows] if "tokens" in self._recorder.fields else None
-        return list(batch.req_ids[: batch.num_reqs]), positions, tokens
-
-    @staticmethod
-    def _counts(requests: list[str], scheduled: dict[str, int]) -> Ints:
-        return np.fromiter(map(scheduled.__getitem__, requests), np.int64, len(requests))
-
-    def _find(self, requests: list[str]) -> Ints:
-        """Slots of the requests."""
-        if requests != self._batch:
-            for request in requests:
-                if request not in self._slots:  # it was there before recording began
-                    self._add(request, prompt=-1)
-            self._batch_slots = np.fromiter(map(self._slots.__getitem__, requests), np.int64, len(requests))
-            self._batch = requests
-        return self._batch_slots
+        tokens = None
+        if "tokens" in self._recorder.fields:
+            tokens = _array(source.input_ids)[: scheduler_output.total_num_scheduled_tokens]
+        return batch, self._positions.of(source.positions), tokens
 
     def _runs(
-        self, requests: list[str], first: npt.NDArray[Any], counts: Ints, drafts: dict[str, Drafts]
+        self, batch: Any, positions: npt.NDArray[Any], scheduler_output: Any, speculated: dict[str, Any]
     ) -> npt.NDArray[np.void]:
-        slots = self._find(requests)
-        ends = first + counts
-        prompts, executed = self._prompt[slots], self._executed[slots]
-        runs = np.zeros(len(slots), RUN_DTYPE)
-        runs["request"] = self._index[slots]
-        runs["position"] = first
-        runs["count"] = counts
-        decode = first >= prompts
-        runs["cls"] = np.where(decode, DECODE, PREFILL)
-        # To be cut: runs that cross the prompt's end, repeat positions, or may hold something else than text.
-        special = (~decode & (ends > prompts)) | ((first < executed) & (ends > self._lowest[slots]))
-        if self._media:
-            special |= ~decode & np.fromiter((int(slot) in self._media for slot in slots), bool, len(slots))
-        special |= prompts < 0
-        if drafts:
-            special |= np.fromiter((request in drafts for request in requests), bool, len(requests))
-        if special.any():
-            first_draft = [drafts[request].position if request in drafts else UNKNOWN for request in requests]
-            runs = self._cut(runs, slots, special, first_draft)
-        self._executed[slots] = np.maximum(executed, ends)
-        self._lowest[slots] = np.minimum(self._lowest[slots], first)
+        step = (
+            batch.req_ids,
+            batch.num_reqs,
+            scheduler_output.num_scheduled_tokens,
+            speculated,
+            self._requests,
+            positions,
+            scheduler_output.total_num_scheduled_tokens,
+        )
+        runs = _C.attribute(*step)
+        if runs is None:  # some were there before recording began
+            for internal in batch.req_ids[: batch.num_reqs]:
+                if internal not in self._requests:
+                    self._add(internal, prompt=-1)
+            runs = _C.attribute(*step)
+            assert runs is not None
         return runs
 
-    def _cut(
-        self, runs: npt.NDArray[np.void], slots: Ints, special: npt.NDArray[np.bool_], first_draft: list[int]
-    ) -> npt.NDArray[np.void]:
-        out: list[tuple[int, int, int, int, int]] = []
-        for run, slot, cut, draft in zip(runs.tolist(), slots.tolist(), special.tolist(), first_draft, strict=True):
-            if not cut:
-                out.append(run)
-                continue
-            request, first, count = run[:3]
-            end, prompt = first + count, int(self._prompt[slot])
-            lowest, executed = int(self._lowest[slot]), int(self._executed[slot])
-            media = [span for span in self._media.get(slot, ()) if span[0] < end and first < span[1]]
-            edges = {prompt, lowest, executed, draft, *(edge for span in media for edge in span[:2])}
-            points = [first, *sorted(edge for edge in edges if first < edge < end), end]
-            for start, stop in itertools.pairwise(points):
-                while media and media[0][1] <= start:
-                    del media[0]
-                modality = media[0][2] if media and media[0][0] <= start else "text"
-                phase = "unknown" if prompt < 0 else "prefill" if start < prompt else "decode"
-                cls, flags = row_class(phase, modality, True), 0
-                if lowest <= start < executed:
-                    cls, flags = cls | RECOMPUTED, FLAGS["recomputed"]
-                if start >= draft:
-                    cls |= DRAFT
-                out.append((request, start, stop - start, cls, flags))
-        return np.array(out, RUN_DTYPE)
-
-    def _drafts(
-        self, requests: list[str], first: list[int], ends: list[int], counts: list[int], speculated: dict[str, Any]
+    def _follow_drafts(
+        self, batch: Any, positions: npt.NDArray[Any], scheduled: dict[str, int], speculated: dict[str, Any]
     ) -> dict[str, Drafts]:
-        """The draft tokens of this step: the last ones of a request's rows."""
+        """The draft tokens of this step, the last ones of a request's rows. What it says of those before is told."""
         step = self._recorder.step_number
-        kept = ((0, ends[-1]),) if self._forward is None else self._forward.kept
-        return {
-            request: Drafts(step, row=end - number, position=start + count - number, count=number, recorded=kept)
-            for request, start, end, count in zip(requests, first, ends, counts, strict=True)
-            if (number := len(speculated.get(request, ())))
-        }
+        rows = sum(scheduled.values())
+        kept = ((0, rows),) if self._forward is None else self._forward.kept
+        drafts: dict[str, Drafts] = {}
+        row = 0
+        for request in batch.req_ids[: batch.num_reqs]:
+            position, count = int(positions[row]), scheduled[request]
+            row += count
+            self._fates.continued(request, position)
+            number = len(speculated.get(request, ()))
+            if number:
+                drafts[request] = Drafts(step, row - number, position + count - number, number, recorded=kept)
+        return drafts
 
     # Requests.
 
@@ -262,46 +208,48 @@ class Steps:
             prompt = data.prompt_len
         else:  # without it, a prompt of embeddings has no tokens
             prompt = -1 if data.prompt_token_ids is None else len(data.prompt_token_ids)
-        slot = self._slots.get(data.req_id)
-        if slot is None:
-            slot = self._add(data.req_id, prompt)
-        elif self._prompt[slot] != prompt:  # a session's prompt that has grown
-            self._prompt[slot] = prompt
-            self._recorder.request(self._names[data.req_id], internal=data.req_id, prompt_len=prompt)
+        request = self._requests.get(data.req_id)
+        if request is None:
+            request = self._add(data.req_id, prompt)
+        elif request.prompt != prompt:  # a session's prompt that has grown
+            request.prompt = prompt
+            self._recorder.request(request.name, internal=data.req_id, prompt_len=prompt)
         media = media_spans(getattr(data, "mm_features", None) or ())
-        if media and media != self._media.get(slot):
-            self._media[slot] = media
-            noted = [[low, high - low, modality] for low, high, modality in media]
-            self._recorder.request(self._names[data.req_id], media=noted)
+        if media and media != request.media:
+            request.media = media
+            request.set_media([(first, end, MODALITIES[modality]) for first, end, modality in media])
+            self._recorder.request(request.name, media=[[first, end - first, kind] for first, end, kind in media])
 
     def _follow_blocks(self, owners: BlockOwners, scheduler_output: Any) -> None:
         """Who the KV blocks belong to that this step has allocated, and what resumed requests share of them."""
         cached = scheduler_output.scheduled_cached_reqs
-        for request, blocks, computed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            if blocks:  # a resumed request gets all of its blocks anew, another one some more
-                owners.allocate(blocks, computed if request in cached.resumed_req_ids else 0, self._known(request))
+        given = [
+            each
+            for each in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True)
+            if each[1]
+        ]
+        resumed = cached.resumed_req_ids
+        for internal, blocks, computed in given:
+            # A resumed request gets all of its blocks anew, another one some more.
+            owners.allocate(blocks, computed if internal in resumed else 0, self._known(internal))
         for data in scheduler_output.scheduled_new_reqs:
             owners.allocate(data.block_ids, data.num_computed_tokens, self._known(data.req_id))
-        for request, blocks, computed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            if blocks and request in cached.resumed_req_ids:
-                self._note_cached(request, blocks, computed)
+        for internal, blocks, computed in given:
+            if internal in resumed:
+                self._note_cached(internal, blocks, computed)
 
     def _known(self, internal: str) -> int | None:
-        slot = self._slots.get(internal)
-        return None if slot is None else int(self._index[slot])
+        request = self._requests.get(internal)
+        return None if request is None else request.index
 
     def _note_cached(self, internal: str, blocks: Any, computed: int) -> None:
         """Positions of a request that are computed, and not by itself. One that starts over after a preemption may find
         more of its prompt in the cache than it had executed."""
-        slot = self._slots.get(internal)
-        if slot is None:  # it was there before recording began
+        request = self._requests.get(internal)
+        if request is None:  # it was there before recording began
             return
-        noted = self._cached.get(slot, [])
-        known = max(int(self._executed[slot]), noted[-1][0] + noted[-1][1] if noted else 0)
+        noted = request.cached
+        known = max(request.executed, noted[-1][0] + noted[-1][1] if noted else 0)
         if computed <= known:
             return
         unknown: list[CachedSpan] = [(0, computed, None)]
@@ -310,43 +258,42 @@ class Steps:
         new = [
             (max(first, known), first + count - max(first, known), source)
             for first, count, source in found
-            if first + count > known and source != int(self._index[slot])
+            if first + count > known and source != request.index
         ]
         if new:
-            self._cached[slot] = [*noted, *new]
-            self._recorder.request(self._names[internal], cached=[list(span) for span in self._cached[slot]])
+            request.cached = [*noted, *new]
+            self._recorder.request(request.name, cached=[list(span) for span in request.cached])
 
-    def _add(self, internal: str, prompt: int) -> int:
-        if not self._free:
-            grown = max(64, 2 * len(self._index))
-            self._free = list(range(grown - 1, len(self._index) - 1, -1))
-            self._index, self._prompt, self._lowest, self._executed = (
-                np.concatenate([old, np.zeros(grown - len(old), np.int64)])
-                for old in (self._index, self._prompt, self._lowest, self._executed)
-            )
-        slot = self._free.pop()
+    def _add(self, internal: str, prompt: int) -> Request:
         # A user may have two requests of one name under way: the second is recorded under vLLM's own name for it.
         name = external_id(internal)
         if name in self._internal:
             name = internal
         known = {} if prompt < 0 else {"prompt_len": prompt}
-        self._index[slot] = self._recorder.request(name, internal=internal, **known)
-        self._prompt[slot], self._lowest[slot], self._executed[slot] = prompt, UNKNOWN, 0
-        self._slots[internal], self._names[internal], self._internal[name] = slot, name, internal
-        return slot
+        request = Request(self._recorder.request(name, internal=internal, **known), prompt, name)
+        self._requests[internal], self._internal[name] = request, internal
+        return request
 
     def _forget(self, internal: str) -> None:
-        slot = self._slots.pop(internal, None)
-        if slot is None:
+        request = self._requests.pop(internal, None)
+        if request is None:
             return
-        name = self._names.pop(internal)
-        del self._internal[name]
-        self._recorder.finish(name)
-        self._media.pop(slot, None)
-        self._cached.pop(slot, None)
+        del self._internal[request.name]
+        self._recorder.finish(request.name)
         self._fates.ended(internal)
-        self._free.append(slot)
-        self._batch = []
+
+
+class _HostArray:
+    """A runner's buffer as an array. Most runners keep theirs for ever: then it is looked up once."""
+
+    def __init__(self) -> None:
+        self._source: Any = None
+        self._array: npt.NDArray[Any] = np.zeros(0, np.int64)
+
+    def of(self, source: Any) -> npt.NDArray[Any]:
+        if source is not self._source:
+            self._source, self._array = source, _array(source)
+        return self._array
 
 
 def _array(source: Any) -> npt.NDArray[Any]:

@@ -66,15 +66,13 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, model: Path) -> None:
     sys.path.insert(0, str(EXAMPLES))
     import tiny_moe
-    import torch
     from vllm import LLM, SamplingParams
 
+    tiny_moe.make(model, hidden=arguments.hidden)
+    from moe_native import ops
     from moe_native.vllm.steps import Steps
 
-    tiny_moe.make(model, hidden=arguments.hidden)
-    import moe_native.ops  # noqa: F401  # registers the op
-
-    record = torch.ops.moe_native.record = Timed(torch.ops.moe_native.record)
+    record = ops.op = Timed(ops.op)
     python = []
     for name in ("begin", "end", "sampled"):
         python.append(Timed(getattr(Steps, name)))

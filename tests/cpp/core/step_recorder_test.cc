@@ -233,6 +233,19 @@ TEST_F(StepRecorderTest, FieldsAndLayersChangeBetweenSteps) {
   expect_adds_up();
 }
 
+TEST_F(StepRecorderTest, ATensorOfAnotherWidthIsNotTakenForLogits) {
+  const Routed routed(3, 4, 60);
+  recorder.configure(kFieldIds | kFieldLogits, false);
+  std::vector<Binding*> layers;
+  for (const uint32_t expected : {0u, 60u, 61u}) {
+    layers.push_back(binding(recorder.bind(static_cast<uint16_t>(layers.size()), 60, 4, true, true, expected)));
+  }
+  ASSERT_TRUE(test::record_step(recorder, layers, routed, {run(0, 0, 3)}, "", 0, true));
+  for (const DType dtype : {DType::kF32, DType::kF32, DType::kNone}) EXPECT_EQ(next()->logits_dtype, dtype);
+  EXPECT_EQ(next()->kind, RecordKind::kStep);
+  expect_adds_up();
+}
+
 TEST_F(StepRecorderTest, BadInputIsCountedSaidOnceAndHarmless) {
   const auto layers = test::bind_layers(recorder, 2, 60, 4);
   Routed routed(3, 4, 60);

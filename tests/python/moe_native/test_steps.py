@@ -408,12 +408,12 @@ def test_two_requests_of_one_name_stay_apart(engine: Engine) -> None:
     assert engine.step({"same-00000003": (0, 2)}, new={"same-00000003": 2}) == [("same", 0, 2, PREFILL, 0)]
 
 
-def test_slots_are_used_again_and_clean(engine: Engine) -> None:
+def test_requests_that_have_ended_are_forgotten(engine: Engine) -> None:
     for n in range(300):
         name = f"r{n}-0000000f"
         previous = (f"r{n - 1}-0000000f",) if n else ()
         assert engine.step({name: (0, 3)}, new={name: 3}, finished=previous) == [(f"r{n}", 0, 3, PREFILL, 0)]
-    assert len(engine.steps._index) == 64
+        assert len(engine.steps._requests) == len(engine.steps._internal) == 1
     many = {f"m{n}-0000000f": (0, 1) for n in range(200)}
     assert engine.step(many, new=dict.fromkeys(many, 1)) == [(f"m{n}", 0, 1, PREFILL, 0) for n in range(200)]
 
