@@ -14,7 +14,7 @@ struct Binding {
   uint16_t layer = 0;
   uint32_t experts = 0;  // number of legal ids, fused shared experts included
   std::atomic<bool> enabled{true};
-  bool every_step = true;   // a step without rows of this layer has lost them
+  bool every_step = true;     // a step without rows of this layer has lost them
   uint32_t logits_width = 0;  // what has another width is not taken for logits; 0: any has
 
   // The last step of which this router has seen rows, and how many of it. A model may call its router several times a

@@ -350,7 +350,12 @@ void StepRecorder::record(Binding& b, LayerInput in) noexcept {
 // thought, waits for the drain thread.
 Descriptor* StepRecorder::reserve(LaneProducer& lane, uint64_t bytes) noexcept {
   if (align_up(bytes, kAlign) > lane.capacity() / 2) return nullptr;  // could not be placed, however long one waits
-  if (Descriptor* d = lane.reserve(bytes)) return d;
+  if (Descriptor* d = lane.reserve(bytes)) [[likely]]
+    return d;
+  return wait_for_room(lane, bytes);
+}
+
+Descriptor* StepRecorder::wait_for_room(LaneProducer& lane, uint64_t bytes) noexcept {
   streamed_ = true;
   const int64_t start = monotonic_ns();
   Descriptor* d = nullptr;

@@ -102,6 +102,7 @@ class StepRecorder {
 
   bool step_open() const noexcept { return open_step_.load(std::memory_order_relaxed) != 0; }
   int64_t step_rows() const noexcept { return step_rows_; }
+  uint32_t fields() const noexcept { return fields_; }  // of the open step
   // Of the open step, or of the one begun last; -1 before the first.
   int64_t step_number() const noexcept { return static_cast<int64_t>(next_step_) - 1; }
   // By any thread; from the next step on. The steps that are not recorded are counted.
@@ -117,10 +118,11 @@ class StepRecorder {
   bool admit() noexcept;
   int claim_lane(uint64_t step) noexcept;
   const char* unusable(const LayerInput& input) const noexcept;
-  void complain(Binding& binding, const char* problem) noexcept;
+  [[gnu::cold]] void complain(Binding& binding, const char* problem) noexcept;
   const Place* placed(uint64_t step, int64_t tensor_rows) const noexcept;
   Descriptor* reserve(LaneProducer& lane, uint64_t bytes) noexcept;
-  void fail(Loss cause) noexcept;
+  [[gnu::cold]] Descriptor* wait_for_room(LaneProducer& lane, uint64_t bytes) noexcept;
+  [[gnu::cold]] void fail(Loss cause) noexcept;
   void close_step(uint64_t step, const StepTable* table) noexcept;
   void count_silent_layers(uint64_t step) noexcept;
   void lose_step(Loss cause) noexcept;

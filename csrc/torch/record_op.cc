@@ -96,7 +96,14 @@ void record_cpu(StableIValue* stack, uint64_t, uint64_t) noexcept {
   if (bound == nullptr) return;
   StepRecorder* recorder = bound->recorder.load(std::memory_order_acquire);
   if (recorder == nullptr || !recorder->step_open()) return;
-  recorder->record(*bound, {ids.view(), weights.view(), logits.view(), hidden.view()});
+  // What is not recorded is not looked at: after a layer's matrices have gone through the caches, each look is slow.
+  const uint32_t fields = recorder->fields();
+  LayerInput input;
+  input.ids = ids.view();
+  if ((fields & kFieldWeights) != 0) input.weights = weights.view();
+  if ((fields & kFieldLogits) != 0) input.logits = logits.view();
+  if ((fields & kFieldHidden) != 0) input.hidden = hidden.view();
+  recorder->record(*bound, input);
 }
 
 void record_meta(StableIValue* stack, uint64_t, uint64_t) noexcept {

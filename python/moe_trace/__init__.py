@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from moe_trace.batch import Batch
+from moe_trace.coverage import Layer
 from moe_trace.errors import DamagedTrace, NotATrace, TraceError, TraceNotFound, UnsupportedVersion
-from moe_trace.rank import Layer
 from moe_trace.recover import Recovery, recover
 from moe_trace.select import Selection
 from moe_trace.sequence import TokenSequence

@@ -79,8 +79,8 @@ def _rank(run: str, rank: Rank) -> dict[str, Any]:
         "state": rank.state,
         "pid": rank.owner.get("pid"),
         "ring": None if rank.ring_path is None else str(rank.ring_path),
-        "ring_steps": len(rank.ring_blocks),
-        "ring_rows": sum(block.rows for block in rank.ring_blocks),
+        "ring_steps": len(rank.tail.blocks),
+        "ring_rows": sum(block.rows for block in rank.tail.blocks),
         "bytes": sum(segment["bytes"] for segment in segments),
         "segments": segments,
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -14,8 +13,8 @@ import numpy.typing as npt
 
 from moe_trace import format as fmt
 from moe_trace.block import Block
-from moe_trace.errors import DamagedTrace, TraceError, TraceNotFound
-from moe_trace.file_block import FileBlock
+from moe_trace.coverage import Layer, read_ledger, without_rows_missed
+from moe_trace.errors import TraceError, TraceNotFound
 from moe_trace.files import read_plain
 from moe_trace.notes import Amendment, Notes, Repeats, Request, read_notes
 from moe_trace.owner import held, process_lives
@@ -23,36 +22,10 @@ from moe_trace.ring import Ring
 from moe_trace.ring_block import RingBlock
 from moe_trace.segment import Segment, never_begun, segment_paths
 from moe_trace.statistics import LayerStats
+from moe_trace.tail import Tail
 from moe_trace.units import count
 
 _INCOMPLETE = fmt.CAUSES.index("incomplete")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What the trace says of one MoE layer: a line of the coverage ledger.
-
-    Attributes:
-        layer: the model's own index.
-        name: of the module.
-        experts, top_k: as the recorder was told; 0 where it could not be.
-        status: `exact`; `derived` (ids computed from logits); `missed` (not recorded, `detail` says why); `skipped`
-            (not asked for).
-        detail: a remark.
-        every_step: whether each step has rows of it.
-    """
-
-    layer: int
-    name: str
-    experts: int
-    top_k: int
-    status: str
-    detail: str
-    every_step: bool = True
-
-    @property
-    def recorded(self) -> bool:
-        return self.status in ("exact", "derived")
 
 
 class Rank:
@@ -178,39 +151,10 @@ class Rank:
             return None
         return ring
 
-    @property
-    def ring_blocks(self) -> list[RingBlock]:
-        """The steps that were committed but had not reached a segment when the process died."""
-        return self._read_ring[0]
-
-    @property
-    def ring_records(self) -> dict[int, tuple[int, int]]:
-        """Of each lane of the ring, the first and the last record that `ring_blocks` account for."""
-        return self._read_ring[1]
-
     @cached_property
-    def _read_ring(self) -> tuple[list[RingBlock], dict[int, tuple[int, int]]]:
-        if self.ring is None:
-            return [], {}
-        written: dict[int, int] = {}
-        after_step = -1
-        for block in (block for segment in reversed(self.segments) for block in segment.blocks(newest_first=True)):
-            try:
-                for lane in block.lanes:
-                    written[int(lane["lane"])] = max(written.get(int(lane["lane"]), 0), int(lane["last"]))
-            except DamagedTrace as error:  # its steps are known all the same
-                self._problems.append(str(error))
-            if block.complete and block.step_count:
-                after_step = max(after_step, block.last_step)
-            if len(written) == self.ring.lanes and after_step >= 0:
-                break
-        exact = self.metadata.get("weights_dtype") == "exact"
-        cut = self.cut_step
-        blocks = self.ring.blocks(written, after_step, exact, (cut.first_step, cut.pieces()) if cut else (-1, ()))
-        if cut is not None and self.cut_step_was_counted:
-            blocks = [block for block in blocks if block.first_step != cut.first_step]
-        chains = {lane: self.ring.chain(lane, written.get(lane, 0)) for lane in range(self.ring.lanes)}
-        return blocks, {lane: (chain[0].sequence, chain[-1].sequence) for lane, chain in chains.items() if chain}
+    def tail(self) -> Tail:
+        """What stands behind its last whole block."""
+        return Tail(self.segments, self.ring, self.metadata.get("weights_dtype") == "exact", self._problems)
 
     @property
     def left_its_ring(self) -> bool:
@@ -226,38 +170,17 @@ class Rank:
             return False
         return not ring.owned and self.file["ring"].get("id") == f"{ring.id:016x}"
 
-    @cached_property
-    def cut_step(self) -> FileBlock | None:
-        """The fragments with which the last segment ends, of a step that no block completes."""
-        if not self.segments or self.segments[-1].closed:
-            return None
-        last = next(self.segments[-1].blocks(newest_first=True), None)
-        return last if last is not None and not last.complete else None
-
-    @property
-    def cut_step_was_aborted(self) -> bool:
-        """Whether the ring says that the program gave that step up."""
-        return self.cut_step is not None and self.ring is not None and self.cut_step.first_step in self.ring.aborted
-
-    @property
-    def cut_step_was_counted(self) -> bool:
-        """Whether no row of that step was to be stored: its fragments have none, and its counts died with the
-        process."""
-        return self.cut_step is not None and not self.cut_step.pieces()
-
     def blocks(self, newest_first: bool = False) -> Iterator[Block]:
         """All blocks, in the order of their steps. Each is made anew, so that what was read of it is freed with it."""
-        ring, cut = self.ring_blocks, self.cut_step
+        tail = self.tail
         if newest_first:
-            yield from reversed(ring)
-        # What the ring has of the cut step includes what the fragments have.
-        in_ring = cut is not None and (self.cut_step_was_aborted or (ring and ring[0].first_step == cut.first_step))
+            yield from reversed(tail.blocks)
         for segment in reversed(self.segments) if newest_first else self.segments:
             for block in segment.blocks(newest_first):
-                if not (in_ring and cut and segment is self.segments[-1] and block.offset == cut.offset):
+                if not (segment is self.segments[-1] and tail.replaces(block)):
                     yield block
         if not newest_first:
-            yield from ring
+            yield from tail.blocks
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
@@ -277,18 +200,9 @@ class Rank:
         found = {int(loss["cause"]): (int(loss["steps"]), int(loss["layers"]), int(loss["rows"])) for loss in table}
         for cause, said in self._losses_said_at_close().items():
             found[cause] = tuple(map(max, said, found.get(cause, (0, 0, 0))))  # type: ignore[assignment]
-        cut = self.cut_step
-        if cut is not None and self.cut_step_was_counted and not self.cut_step_was_aborted:
-            steps, layers, rows = found.get(_INCOMPLETE, (0, 0, 0))
-            found[_INCOMPLETE] = (steps + 1, layers, rows + cut.executed_rows)
-        for block in self.ring_blocks:
-            if block.incomplete_layers:
-                steps, layers, rows = found.get(_INCOMPLETE, (0, 0, 0))
-                found[_INCOMPLETE] = (
-                    steps,
-                    layers + block.incomplete_layers,
-                    rows + block.incomplete_layers * block.executed_rows,
-                )
+        for steps, layers, rows in self.tail.incomplete:
+            old = found.get(_INCOMPLETE, (0, 0, 0))
+            found[_INCOMPLETE] = (old[0] + steps, old[1] + layers, old[2] + rows)
         return found
 
     def _losses_said_at_close(self) -> dict[int, tuple[int, int, int]]:
@@ -305,36 +219,22 @@ class Rank:
     @cached_property
     def ledger(self) -> list[Layer]:
         """The coverage ledger as the recorder wrote it."""
-        entries = self.metadata.get("layers")
-        found = []
-        for entry in entries if isinstance(entries, list) else ():
-            if isinstance(entry, dict) and _small(entry.get("layer")):
-                experts, top_k = (entry[key] if _small(entry.get(key)) else 0 for key in ("experts", "top_k"))
-                name, status, detail = (str(entry.get(key, "")) for key in ("name", "status", "detail"))
-                every_step = entry.get("every_step") is not False
-                found.append(Layer(entry["layer"], name, experts, top_k, status, detail, every_step))
-        return found
+        return read_ledger(self.metadata)
 
     @cached_property
     def coverage(self) -> list[Layer]:
         """The ledger, where a layer that has no row in all of the steps is missed, whatever the recorder expected."""
         there = self._layers_with_rows
         steps = sum(_steps_with_rows(segment) for segment in self.segments)
-        steps += sum(block.complete and block.executed_rows > 0 for block in self.ring_blocks)
+        steps += sum(block.complete and block.executed_rows > 0 for block in self.tail.blocks)
         if not steps or any(segment.problems for segment in self.segments):  # it may be what is damaged that has them
             return self.ledger
-        detail = f"not one row in the {count(steps, 'step')} of {self.run}/{self.name}"
-        return [
-            replace(entry, status="missed", detail=detail)
-            if entry.recorded and entry.every_step and entry.layer not in there
-            else entry
-            for entry in self.ledger
-        ]
+        return without_rows_missed(self.ledger, there, steps, f"{self.run}/{self.name}")
 
     @cached_property
     def _layers_with_rows(self) -> frozenset[int]:
         found = {layer for segment in self.segments for layer in segment.layers}
-        return frozenset(found.union(*(block.layers for block in self.ring_blocks if block.executed_rows)))
+        return frozenset(found.union(*(block.layers for block in self.tail.blocks if block.executed_rows)))
 
     @cached_property
     def layers(self) -> frozenset[int]:
@@ -377,19 +277,7 @@ class Rank:
         numbers = [segment.number for segment in segments]
         if self._only is None and any(b - a != 1 for a, b in pairwise(numbers)):
             problems.append(f"{self.directory} lacks a segment between others: rows are missing")
-        cut = [block.first_step for block in self.ring_blocks if not block.complete]
-        if self.cut_step is not None and self.cut_step_was_counted:
-            if not self.cut_step_was_aborted:
-                problems.append(
-                    f"the process died in {self.directory} while step {self.cut_step.first_step} left its ring, "
-                    "of which no row was to be stored: its counts are lost"
-                )
-        elif ring is None and self.cut_step is not None:
-            cut.append(self.cut_step.first_step)
-        problems += ring.problems if ring is not None else []
-        problems += [
-            f"the process died inside step {n} in {self.directory}: its whole layers are kept, as nobody's" for n in cut
-        ]
+        problems += self.tail.problems(self.directory)
         return problems + self._failures
 
     @property
@@ -408,7 +296,7 @@ class Rank:
 
     def add_statistics(self, into: dict[int, LayerStats], wanted: Callable[[int, int], bool]) -> None:
         """Add the totals of everything this process wrote."""
-        if self.ring_blocks:
+        if self.tail.blocks:
             for block in self.blocks():
                 block.add_statistics(into, wanted)
             return
@@ -418,14 +306,14 @@ class Rank:
     @cached_property
     def row_totals(self) -> tuple[int, int]:
         """Tokens that are stored, and tokens that the statistics count."""
-        parts: list[Segment | RingBlock] = [*self.segments, *self.ring_blocks]
+        parts: list[Segment | RingBlock] = [*self.segments, *self.tail.blocks]
         return sum(part.stored_rows for part in parts), sum(part.executed_rows for part in parts)
 
     @cached_property
     def rows_by_class(self) -> dict[int, int]:
         """Executed tokens by class: of each segment, those of the layer that has the most of them."""
         found: dict[int, int] = {}
-        for part in self.blocks() if self.ring_blocks else self.segments:
+        for part in self.blocks() if self.tail.blocks else self.segments:
             classes: set[int] = set()
             part.add_statistics({}, lambda _, cls, into=classes: into.add(cls))  # type: ignore[misc]
             for cls in classes:
@@ -438,7 +326,7 @@ class Rank:
         """First and last start of a step, Unix nanoseconds; empty without steps."""
         indices = (index[index["steps"] > 0] for index in self._indices())
         spans = [(int(i["first_time_ns"].min()), int(i["last_time_ns"].max())) for i in indices if len(i)]
-        spans += [(block.first_time_ns, block.last_time_ns) for block in self.ring_blocks]
+        spans += [(block.first_time_ns, block.last_time_ns) for block in self.tail.blocks]
         if not spans:
             return np.zeros(0, np.int64)
         return np.array([min(a for a, _ in spans), max(b for _, b in spans)])
@@ -453,7 +341,3 @@ def _steps_with_rows(segment: Segment) -> int:
     index = index[index["kind"] == fmt.ROWS_BLOCK]
     sampled = segment.executed_rows > segment.stored_rows
     return int(index["steps"][sampled | (index["rows"] > 0)].sum())
-
-
-def _small(value: Any) -> bool:
-    return isinstance(value, int) and 0 <= value <= fmt.NO_LAYER

@@ -87,19 +87,19 @@ def _recover_held(rank: Rank, report: Recovery) -> None:
 
 
 def _recover_rank(rank: Rank, report: Recovery) -> None:
-    blocks, taken = rank.ring_blocks, rank.ring_records
+    blocks, taken = rank.tail.blocks, rank.tail.records
     problems, losses = rank.problems, _table(fmt.LOSSES, [(cause, *totals) for cause, totals in rank.losses.items()])
     lanes = _table(fmt.LANES, [(lane, first, last) for lane, (first, last) in taken.items()])
     writer = _writer(rank, bool(blocks or len(losses)))
     if writer is not None:
-        cut = rank.cut_step
+        cut = rank.tail.cut_step
         defined: set[Any] = set()
         rest: list[RingBlock] = list(blocks)
         if cut is not None:
             # Fragments are completed by what the ring has of their step: it may be nothing, or that it was aborted.
             of_ring = rest.pop(0) if rest and rest[0].first_step == cut.first_step else None
             last = None if any(block.complete or block.layers for block in rest) else lanes
-            if rank.cut_step_was_aborted or rank.cut_step_was_counted:
+            if rank.tail.cut_step_was_aborted or rank.tail.cut_step_was_counted:
                 writer.take_back(cut.first_step, cut.fragments, last, losses)
             else:
                 whole: Block = of_ring or cut

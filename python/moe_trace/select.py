@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_trace import counting, joined
 from moe_trace import format as fmt
-from moe_trace import joined
 from moe_trace.batch import OTHER_ROWS, Batch, Filter, other_widths, promote, request_names, these
 from moe_trace.block import Block
 from moe_trace.errors import DamagedTrace, TraceError
@@ -372,64 +372,17 @@ class Selection:
         the counts reach. Of requests, and of `current` rows, the stored ones are counted; a UserWarning says so of the
         latter.
         """
-        asked, layers = self._asked, self.layers
-        into: dict[int, LayerStats] = {layer: LayerStats() for layer in layers}
-
-        def wanted(layer: int, cls: int) -> bool:
-            return layer in layers and asked.takes_class(cls)
-
-        whole: list[Block] = []
-        for rank in self._ranks:
-            if asked.by_class and asked.any_time:
-                rank.add_statistics(into, wanted)
-            else:
-                self._add_statistics(rank, into, wanted, whole)
-        if whole:
-            first, last = min(block.first_time_ns for block in whole), max(block.last_time_ns for block in whole)
-            warnings.warn(
-                "what is counted but not stored cannot be cut: the counts include all steps of "
-                f"{count(len(whole), 'block')} that the selection cuts, from {_utc(first)} to {_utc(last)} UTC "
-                f"(steps {min(b.first_step for b in whole):,} to {max(b.last_step for b in whole):,})",
-                stacklevel=2,
-            )
-        if asked.current and asked.requests is None and any(n < of for n, of in (r.row_totals for r in self._ranks)):
-            warnings.warn(
-                "of rows that are counted and not stored it is not known which are current: the counts are of stored "
-                "rows only",
-                stacklevel=2,
-            )
-        experts = self._trace.experts
-        for layer, stats in into.items():
-            stats.grow(experts.get(layer, 0))
-        return into
-
-    def _add_statistics(
-        self, rank: Rank, into: dict[int, LayerStats], wanted: Callable[[int, int], bool], whole: list[Block]
-    ) -> None:
-        asked = self._asked
-        for block in rank.blocks():
-            spans = block.first_time_ns, block.last_time_ns, block.first_step, block.last_step
-            if asked.by_class and asked.covers(*spans):
-                block.add_statistics(into, wanted)
-            elif asked.by_class and block.executed_rows > block.rows:
-                if not asked.misses(*spans):  # there are no rows to count one by one
-                    block.add_statistics(into, wanted)
-                    whole.append(block)
-            elif (batch := self._batch(rank, block, asked)) is not None:
-                for layer in batch.layers:
-                    ids = batch.column(fmt.IDS, layer)
-                    if ids is not None:
-                        into.setdefault(layer, LayerStats()).add_rows(ids, batch.column(fmt.WEIGHTS, layer))
+        return counting.statistics(self._asked, self._ranks, self.layers, self._trace.experts, self._batch)
 
     def counts(self) -> npt.NDArray[np.int64]:
         """How often each expert was chosen: int64 `[experts]` or `[layers, experts]` (zeros where a layer has fewer
         experts).
         """
-        return self._per_expert([stats.counts for _, stats in sorted(self.stats().items())], np.int64)
+        return self._per_expert({layer: stats.counts for layer, stats in self.stats().items()}, np.int64)
 
     def weight_sums(self) -> npt.NDArray[np.float64]:
         """Sum of the weights with which each expert was chosen: float64, of the shape of `counts()`."""
-        return self._per_expert([stats.weight_sums for _, stats in sorted(self.stats().items())], np.float64)
+        return self._per_expert({layer: stats.weight_sums for layer, stats in self.stats().items()}, np.float64)
 
     def first_choice_counts(self) -> npt.NDArray[np.int64]:
         """How often each expert had the largest weight of a row: int64, of the shape of `counts()`. Reads planes, so it
@@ -440,28 +393,10 @@ class Selection:
                 f"{self._trace.path} has counts only and no rows, and first choices are counted from rows. "
                 "To store some, record with other fields than counts, and sample above 0"
             )
-        into = {layer: np.zeros(self._trace.experts.get(layer, 0), np.int64) for layer in self.layers}
-        for batch in self.batches():
-            for layer in batch.layers:
-                ids, weights = batch.column(fmt.IDS, layer), batch.column(fmt.WEIGHTS, layer)
-                if ids is None or weights is None:
-                    raise TraceError(f"layer {layer} has no weights, and the first choice is the largest weight")
-                first = np.take_along_axis(ids, weights.argmax(axis=1)[:, None], axis=1)[:, 0]
-                counts = np.bincount(first[first != np.iinfo(first.dtype).max])
-                old = into.setdefault(layer, np.zeros(0, np.int64))
-                grown = np.zeros(max(len(old), len(counts)), np.int64)
-                grown[: len(old)] += old
-                grown[: len(counts)] += counts
-                into[layer] = grown
-        return self._per_expert([counts for _, counts in sorted(into.items())], np.int64)
+        return self._per_expert(counting.first_choices(self.batches(), self.layers, self._trace.experts), np.int64)
 
-    def _per_expert(self, of_layers: list[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:
-        if self._asked.one_layer:
-            return of_layers[0] if of_layers else np.zeros(0, dtype)
-        table = np.zeros((len(of_layers), max((len(row) for row in of_layers), default=0)), dtype)
-        for row, values in zip(table, of_layers, strict=True):
-            row[: len(values)] = values
-        return table
+    def _per_expert(self, of_layers: dict[int, npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:
+        return counting.table(of_layers, self._asked.one_layer, dtype)
 
     def __repr__(self) -> str:
         asked = self._asked
@@ -487,10 +422,6 @@ def _codes(words: Sequence[str], known: Sequence[str], what: str, old: frozenset
             raise ValueError(f"{word!r} is no {what}: use {', '.join(known)}")
     codes = frozenset(known.index(word) for word in words)
     return codes if old is None else codes & old
-
-
-def _utc(ns: int) -> str:
-    return str(np.datetime64(ns, "ns").astype("datetime64[ms]")).replace("T", " ")
 
 
 def _unix_ns(when: Moment) -> int:

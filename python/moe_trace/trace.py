@@ -13,10 +13,11 @@ from typing import Any
 
 from moe_trace import format as fmt
 from moe_trace.batch import Filter
+from moe_trace.coverage import Layer
 from moe_trace.errors import NotATrace, TraceError, TraceNotFound
 from moe_trace.joined import absent, groups
 from moe_trace.notes import Request
-from moe_trace.rank import Layer, Rank
+from moe_trace.rank import Rank
 from moe_trace.segment import segment_paths
 from moe_trace.select import Selection
 from moe_trace.units import count

@@ -1,13 +1,20 @@
-"""Where the time of a recorded vLLM step goes: microseconds in the op, in our Python and in the drain thread.
+"""What a recorded vLLM step costs, in an eager engine of this process, in two ways:
 
-One engine, eager and in this process, so that each call of ours can be timed where it is made; the clock's own time is
-taken off. The drain thread's is its CPU time. How much all of it slows an engine down is for `vllm_throughput.py`.
+- the parts: microseconds in the op, in our Python and in the drain thread. Each call of ours is timed where it is made,
+  and the clock's own time is taken off; the drain thread's is its CPU time;
+- the whole: some steps are recorded, and some run as if we were not there, in turn, and neighbours are compared. The
+  drain thread works beside both.
+
+How much slower an engine is in processes of its own is for `vllm_throughput.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "python" / "examples"
+TURN = 8  # steps that are recorded or not before it changes
 
 
 class Timed:
@@ -44,31 +52,49 @@ def clock_ns() -> float:
     return nothing.ns / nothing.calls
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hidden", type=int, default=512, help="of the model; 512 makes steps of 20 ms or more")
-    parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--fields", default="ids,weights")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        os.environ |= {
-            "MOE_NATIVE_TRACE": str(Path(directory) / "trace"),
-            "MOE_NATIVE_FIELDS": arguments.fields,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-        }
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        measure(arguments, Path(directory) / "model")
+class Switch:
+    """Takes everything of ours off a worker and its routers, and puts it back."""
+
+    def __init__(self, worker: Any) -> None:
+        modules = worker.model_runner.get_model().modules()
+        routers = {id(router): router for module in modules if (router := getattr(module, "router", None)) is not None}
+        wrapped = [(worker, name) for name in ("execute_model", "sample_tokens")]
+        wrapped += [(router, "_compute_routing") for router in routers.values()]
+        self._places = [
+            (owner, name, vars(owner)[name], getattr(type(owner), name).__get__(owner)) for owner, name in wrapped
+        ]
+
+    def set(self, recorded: bool) -> None:
+        for owner, name, ours, theirs in self._places:
+            setattr(owner, name, ours if recorded else theirs)
 
 
-def measure(arguments: argparse.Namespace, model: Path) -> None:
+def engine(arguments: argparse.Namespace, directory: Path) -> tuple[Any, Any]:
+    """An engine that records, and its worker."""
+    os.environ |= {
+        "MOE_NATIVE_TRACE": str(directory / "trace"),
+        "MOE_NATIVE_FIELDS": arguments.fields,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     sys.path.insert(0, str(EXAMPLES))
     import tiny_moe
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
-    tiny_moe.make(model, hidden=arguments.hidden)
+    tiny_moe.make(directory / "model", hidden=arguments.hidden)
+    llm = LLM(
+        str(directory / "model"), max_model_len=512, max_num_seqs=arguments.requests, seed=1234, enforce_eager=True,
+        enable_prefix_caching=False, distributed_executor_backend="uni",
+    )  # fmt: skip
+    return llm, llm.llm_engine.model_executor.driver_worker.worker
+
+
+def prompts(arguments: argparse.Namespace) -> list[Any]:
+    return [{"prompt_token_ids": [(7 * i + j) % 200 for j in range(32)]} for i in range(arguments.requests)]
+
+
+def measure_parts(arguments: argparse.Namespace, directory: Path) -> None:
     from moe_native import ops
     from moe_native.vllm.steps import Steps
 
@@ -77,21 +103,18 @@ def measure(arguments: argparse.Namespace, model: Path) -> None:
     for name in ("begin", "end", "sampled"):
         python.append(Timed(getattr(Steps, name)))
         setattr(Steps, name, python[-1].method())
-    llm = LLM(
-        str(model), max_model_len=512, max_num_seqs=arguments.requests, seed=1234, enforce_eager=True,
-        enable_prefix_caching=False, distributed_executor_backend="uni",
-    )  # fmt: skip
-    worker = llm.llm_engine.model_executor.driver_worker.worker
+    llm, worker = engine(arguments, directory)
+    from vllm import SamplingParams
+
     recorder = worker.moe_native.recorder
     sampling = SamplingParams(temperature=0, max_tokens=arguments.tokens, ignore_eos=True)
-    prompts = [{"prompt_token_ids": [(7 * i + j) % 200 for j in range(32)]} for i in range(arguments.requests)]
-    llm.generate(prompts, sampling, use_tqdm=False)  # warms up
+    llm.generate(prompts(arguments), sampling, use_tqdm=False)  # warms up
     recorder.flush()
     for timed in (record, *python):
         timed.ns = timed.calls = 0
     before, start = recorder.counters(), time.perf_counter()
     for _ in range(arguments.repeats):
-        llm.generate(prompts, sampling, use_tqdm=False)
+        llm.generate(prompts(arguments), sampling, use_tqdm=False)
     seconds = time.perf_counter() - start
     recorder.flush()
     after = recorder.counters()
@@ -100,7 +123,6 @@ def measure(arguments: argparse.Namespace, model: Path) -> None:
     clock = clock_ns()
     layers = record.calls / steps
 
-    print(f"\na step of vLLM, {arguments.requests} requests, {layers:.0f} layers, {arguments.fields} recorded, eager")
     print(f"  the step               {seconds / steps * 1e6:10,.0f} us")
     parts = {
         f"the op, {layers:.0f} calls": (record.ns - record.calls * clock) / steps,
@@ -109,6 +131,63 @@ def measure(arguments: argparse.Namespace, model: Path) -> None:
     }
     for name, ns in parts.items():
         print(f"  {name:22} {ns / 1e3:10.1f} us {ns / 1e9 / (seconds / steps):8.2%}")
+
+
+def measure_whole(arguments: argparse.Namespace, directory: Path) -> None:
+    llm, worker = engine(arguments, directory)
+    from vllm import SamplingParams
+
+    switch, vllm = Switch(worker), llm.llm_engine
+    sampling = SamplingParams(temperature=0, max_tokens=arguments.tokens, ignore_eos=True)
+    numbers = itertools.count()
+    differences: list[float] = []
+    plain: list[float] = []
+    for repeat in range(arguments.repeats + 1):
+        for prompt in prompts(arguments):
+            vllm.add_request(f"request-{next(numbers)}", prompt, sampling)
+        turns: list[float] = []
+        while vllm.has_unfinished_requests():
+            switch.set((len(turns) + repeat) % 2 == 0)
+            seconds = []
+            for _ in range(TURN):
+                start = time.perf_counter()
+                vllm.step()
+                seconds.append(time.perf_counter() - start)
+            turns.append(statistics.mean(seconds[2:]))  # the first ones find the other kind's code in the caches
+        if repeat == 0:  # warms up
+            continue
+        turns = turns[1:-1]  # without the prompts, and the requests' end
+        first = (1 + repeat) % 2  # whether turns[0] is plain
+        for at, (one, other) in enumerate(itertools.pairwise(turns)):
+            differences.append(one - other if (at + first) % 2 == 0 else other - one)
+        plain += turns[1 - first :: 2]
+    switch.set(True)
+    step, more = statistics.median(plain), statistics.median(differences)
+    print(
+        f"  all of it              {more * 1e6:10.1f} us {more / step:8.2%} of {step * 1e6:,.0f} us, the median of "
+        f"{len(differences)} turns of {TURN} steps"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hidden", type=int, default=512, help="of the model; 512 makes steps of 20 ms or more")
+    parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--fields", default="ids,weights")
+    parser.add_argument("--measure", choices=("parts", "whole"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        with tempfile.TemporaryDirectory() as directory:
+            (measure_parts if arguments.measure == "parts" else measure_whole)(arguments, Path(directory))
+        return
+    print(f"\na step of vLLM, eager, 24 layers, {arguments.requests} requests, {arguments.fields} recorded", flush=True)
+    for what in ("parts", "whole"):  # each in a process of its own, since the parts are timed at a price
+        command = [sys.executable, __file__, *sys.argv[1:], "--measure", what]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if done.returncode != 0:
+            sys.exit(f"the engine failed:\n{done.stderr[-3000:]}")
 
 
 if __name__ == "__main__":

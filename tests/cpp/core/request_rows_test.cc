@@ -41,9 +41,8 @@ TEST(RequestRows, APromptThenTokenByToken) {
 
 TEST(RequestRows, ARunEndsWhereThePhaseChangesAndWhereDraftsBegin) {
   RequestRows request(0, 5);
-  EXPECT_EQ(execute(request, 3, 5, 2), (Runs{{0, 3, 2, kPrompt, 0},
-                                                         {0, 5, 1, kGenerated, 0},
-                                                         {0, 6, 2, kGenerated | kDraft, 0}}));
+  EXPECT_EQ(execute(request, 3, 5, 2),
+            (Runs{{0, 3, 2, kPrompt, 0}, {0, 5, 1, kGenerated, 0}, {0, 6, 2, kGenerated | kDraft, 0}}));
 }
 
 TEST(RequestRows, AnUnknownPromptHasNoPhase) {
@@ -55,19 +54,18 @@ TEST(RequestRows, WhatWasExecutedBeforeIsMarkedAndWhatWasCachedIsNot) {
   RequestRows request(0, 8);
   execute(request, 4, 2);
   const uint16_t again = kPrompt | kRecomputed;
-  EXPECT_EQ(execute(request, 0, 8), (Runs{{0, 0, 4, kPrompt, 0},
-                                                      {0, 4, 2, again, kRunRecomputed},
-                                                      {0, 6, 2, kPrompt, 0}}));
+  EXPECT_EQ(execute(request, 0, 8),
+            (Runs{{0, 0, 4, kPrompt, 0}, {0, 4, 2, again, kRunRecomputed}, {0, 6, 2, kPrompt, 0}}));
 }
 
 TEST(RequestRows, ImagesLieBetweenText) {
   RequestRows request(0, 10);
   request.set_media({{2, 4, kImage}, {4, 5, kImage + 1}, {7, 12, kImage}});
   const auto image = of(kPrefill, kImage);
-  EXPECT_EQ(execute(request, 1, 5), (Runs{{0, 1, 1, kPrompt, 0},
-                                                      {0, 2, 2, image, 0},
-                                                      {0, 4, 1, of(kPrefill, kImage + 1), 0},
-                                                      {0, 5, 1, kPrompt, 0}}));
+  EXPECT_EQ(
+      execute(request, 1, 5),
+      (Runs{
+          {0, 1, 1, kPrompt, 0}, {0, 2, 2, image, 0}, {0, 4, 1, of(kPrefill, kImage + 1), 0}, {0, 5, 1, kPrompt, 0}}));
   EXPECT_EQ(execute(request, 6, 3), (Runs{{0, 6, 1, kPrompt, 0}, {0, 7, 2, image, 0}}));
   request.set_media({});
   EXPECT_EQ(execute(request, 9, 1), (Runs{{0, 9, 1, kPrompt, 0}}));
