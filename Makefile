@@ -47,7 +47,9 @@ contract: $(VENV)/installed
 bench: $(VENV)/installed $(VENV)/tools
 	cd tests && ../$(PY) -m pytest benchmarks --benchmark-disable-gc --benchmark-warmup=on \
 	  --benchmark-columns=min,median,max,rounds --benchmark-group-by=group --benchmark-sort=fullname $(PYTEST)
-	cd tests/benchmarks && ../../$(PY) size.py && ../../$(PY) vllm_step.py && ../../$(PY) vllm_throughput.py
+	cd tests/benchmarks && ../../$(PY) size.py
+	cd tests/benchmarks && ../../$(PY) vllm_step.py && ../../$(PY) vllm_step.py --compiled
+	cd tests/benchmarks && ../../$(PY) vllm_throughput.py && ../../$(PY) vllm_throughput.py --eager
 
 wheel: $(VENV)/installed
 	rm -rf dist

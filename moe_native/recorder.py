@@ -241,6 +241,8 @@ class Recorder:
             raise ValueError(f"layer {layer} is not between 0 and 65534")
         if not 1 <= experts <= 0xFFFF or not 1 <= top_k <= 0xFFFF:
             raise ValueError(f"layer {layer}: experts={experts}, top_k={top_k} must be between 1 and 65535")
+        if not 0 <= operator.index(logits) < 1 << 32:
+            raise ValueError(f"layer {layer}: logits={logits} is no width")
         enabled = self._sampling.tier.takes(layer)
         binding = int(self._core.bind(layer, experts, top_k, enabled, every_step, operator.index(logits)))
         self._bindings[binding] = layer

@@ -65,9 +65,9 @@ class Sampling:
         """Between two steps: make the wanted tier, if there is one, that of the steps to come, and tell `take`."""
         with self._lock:
             tier, self._wanted = self._wanted, None
-        if tier is None:
-            return
-        self.tier = tier
+            if tier is None:
+                return
+            self.tier = tier
         self._may_leave_out = self._may_leave_out or tier.sample < 1 or tier.counted
         take(tier)
 

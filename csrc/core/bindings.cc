@@ -25,8 +25,8 @@ void disable_in_child() {
 
 }  // namespace
 
-int bind(StepRecorder& recorder, uint16_t layer, uint32_t experts, uint32_t row_bytes, bool enabled,
-         bool every_step) noexcept {
+int bind(StepRecorder& recorder, uint16_t layer, uint32_t experts, uint32_t row_bytes, bool enabled, bool every_step,
+         uint32_t logits_width) noexcept {
   const std::lock_guard lock(table_mutex);
   for (int index = 0; index < kMaxBindings; ++index) {
     Binding& b = table[index];
@@ -35,6 +35,7 @@ int bind(StepRecorder& recorder, uint16_t layer, uint32_t experts, uint32_t row_
     b.experts = experts;
     b.enabled.store(enabled, std::memory_order_relaxed);
     b.every_step = every_step;
+    b.logits_width = logits_width;
     b.step.store(0, std::memory_order_relaxed);
     b.seen = 0;
     b.row_bytes.store(row_bytes, std::memory_order_relaxed);

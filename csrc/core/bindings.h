@@ -29,8 +29,8 @@ struct Binding {
 inline constexpr int kMaxBindings = 16384;
 
 // The lowest free index, or -1 when the table is full.
-int bind(StepRecorder& recorder, uint16_t layer, uint32_t experts, uint32_t row_bytes, bool enabled,
-         bool every_step) noexcept;
+int bind(StepRecorder& recorder, uint16_t layer, uint32_t experts, uint32_t row_bytes, bool enabled, bool every_step,
+         uint32_t logits_width = 0) noexcept;
 void unbind_all(const StepRecorder& recorder) noexcept;
 // nullptr for an index that was never given. The recorder in it may be null.
 Binding* binding(int64_t index) noexcept;

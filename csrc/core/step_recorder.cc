@@ -15,7 +15,7 @@ namespace {
 
 // Under `drop` a step that is being streamed out may wait this long for the drain thread to make room; each success
 // starts the time anew. It is the only wait that `drop` knows.
-constexpr int64_t kStallLimitNs = 200'000'000;
+constexpr int64_t kStallLimitNs = 300'000'000;
 constexpr int64_t kRetryNs = 50'000;
 // Admission cannot know the step's own record. This covers a large batch; end_step may wait for more.
 constexpr uint64_t kTableBytes = 16 << 10;
@@ -83,9 +83,8 @@ int StepRecorder::bind(uint16_t layer, uint32_t experts, uint32_t k, bool enable
   uint32_t row_bytes = k * static_cast<uint32_t>(size_of(id_dtype_for(experts)));
   if ((fields_ & kFieldWeights) != 0) row_bytes += k * 4;
   if ((fields_ & kFieldLogits) != 0) row_bytes += experts * 4;
-  const int index = moe_native::bind(*this, layer, experts, row_bytes, enabled, every_step);
+  const int index = moe_native::bind(*this, layer, experts, row_bytes, enabled, every_step, logits_width);
   if (index < 0) throw std::length_error("this process has no free router binding left");
-  binding(index)->logits_width = logits_width;
   bindings_.push_back(binding(index));
   return index;
 }
@@ -236,7 +235,7 @@ void StepRecorder::record(Binding& b, LayerInput in) noexcept {
   const uint64_t step = open_step_.load(std::memory_order_acquire);
   if (step == 0 || !b.enabled.load(std::memory_order_relaxed)) return;
   if (failed_.load(std::memory_order_relaxed) >= 0) return;
-  if (b.logits_width != 0 && in.logits.width != b.logits_width) in.logits.data = nullptr;
+  if (b.logits_width != 0 && in.logits.width != 0 && in.logits.width != b.logits_width) in.logits.data = nullptr;
   if (const char* problem = unusable(in)) {
     b.step.store(step,
                  std::memory_order_relaxed);  // where further chunks of this layer would lie is not known any more

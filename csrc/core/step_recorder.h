@@ -100,7 +100,7 @@ class StepRecorder {
   void configure(uint32_t fields, bool counted) noexcept;
   void enable(Binding& binding, bool enabled) noexcept;
 
-  bool step_open() const noexcept { return open_step_.load(std::memory_order_relaxed) != 0; }
+  bool step_open() const noexcept { return open_step_.load(std::memory_order_acquire) != 0; }
   int64_t step_rows() const noexcept { return step_rows_; }
   uint32_t fields() const noexcept { return fields_; }  // of the open step
   // Of the open step, or of the one begun last; -1 before the first.

@@ -20,12 +20,13 @@ namespace {
 constexpr uint64_t kBlockBytes = 4 << 20;  // of the ring, before compression
 constexpr uint64_t kFragmentBytes = 64 << 20;
 // Each look takes the model's core for a moment where there is none to spare, so they are as rare as the ring allows:
-// no model fills it faster than this.
-constexpr uint64_t kFastestBytesPerMs = 640'000;
-constexpr uint64_t kFastestRecordsPerMs = 500;
+// the half of it that a step may need is not filled before the next look by a model that writes as fast as this.
+constexpr uint64_t kFastestBytesPerMs = 320'000;
+constexpr uint64_t kFastestRecordsPerMs = 300;
 constexpr uint64_t kRarestMs = 100;
-constexpr uint64_t kUsualMs = 20;  // also of a small ring
+constexpr uint64_t kUsualMs = 20;  // of a small ring
 constexpr uint64_t kBusyMs = 2;
+constexpr auto kBusySpell = std::chrono::milliseconds(200);  // since a look that took much
 constexpr auto kRetry = std::chrono::seconds(1);
 
 void leave_the_model_alone() noexcept {
@@ -84,15 +85,19 @@ void Drain::close() {
   if (thread_.joinable()) thread_.join();
 }
 
-// How long to wait before the next look at the ring.
-std::chrono::milliseconds Drain::until_next_look(uint64_t took_bytes) const {
+// How long to wait before the next look at the ring, after one that took so many bytes.
+std::chrono::milliseconds Drain::until_next_look(uint64_t took_bytes) {
   const LaneMemory lane = ring_.lane(0);
-  if (assembler_.open_is_streamed() || took_bytes > lane.arena_bytes / 16) return std::chrono::milliseconds(kBusyMs);
-  const uint64_t bytes = (lane.arena_bytes - assembler_.held_bytes()) / kFastestBytesPerMs;
-  const uint64_t records = (lane.descriptor_count - assembler_.held_records()) / kFastestRecordsPerMs;
-  const auto flush_ms =
-      static_cast<uint64_t>(std::clamp(options_.flush_seconds * 1e3, double{kBusyMs}, double{kRarestMs}));
-  return std::chrono::milliseconds(std::min(flush_ms, std::clamp(std::min(bytes, records), kUsualMs, kRarestMs)));
+  const auto now = Clock::now();
+  if (assembler_.open_is_streamed() || took_bytes > lane.arena_bytes / 16) busy_until_ = now + kBusySpell;
+  if (now < busy_until_) return std::chrono::milliseconds(kBusyMs);
+  const auto time_to_fill = [](uint64_t capacity, uint64_t held, uint64_t fastest) {
+    return (capacity / 2 - std::min(held, capacity / 2)) / fastest;
+  };
+  const uint64_t room = std::min(time_to_fill(lane.arena_bytes, assembler_.held_bytes(), kFastestBytesPerMs),
+                                 time_to_fill(lane.descriptor_count, assembler_.held_records(), kFastestRecordsPerMs));
+  const double flush_ms = std::min(options_.flush_seconds * 1e3, double{kRarestMs});
+  return std::chrono::milliseconds(std::clamp(std::min(room, static_cast<uint64_t>(flush_ms)), kUsualMs, kRarestMs));
 }
 
 void Drain::run() {

@@ -54,7 +54,7 @@ class Drain {
   using Clock = std::chrono::steady_clock;
 
   void run();
-  std::chrono::milliseconds until_next_look(uint64_t took_bytes) const;
+  std::chrono::milliseconds until_next_look(uint64_t took_bytes);
   void write_ready(bool all);
   void write_fragment();
   void write_bookkeeping();
@@ -85,6 +85,7 @@ class Drain {
   uint64_t losses_written_ = 0;  // sum of all loss counters in the last block
   Clock::time_point oldest_ready_{};
   Clock::time_point retry_at_{};
+  Clock::time_point busy_until_{};
   bool failing_ = false;
 
   // Shared with the callers.

@@ -17,8 +17,8 @@ def media_spans(features: Iterable[Any]) -> list[MediaSpan]:
     """What is not text in a prompt, ascending, from vLLM's multi-modal features.
 
     A placeholder may hold text as well, such as the tokens between the rows of an image or the time stamps of a video:
-    where it has a mask, only the positions that take embeddings count. Modalities that the format does not know are
-    `unknown`.
+    where it has a mask, only the positions that take embeddings count. Of placeholders that overlap, the one that
+    begins first has the positions. Modalities that the format does not know are `unknown`.
     """
     spans: list[MediaSpan] = []
     for feature in features:
@@ -28,4 +28,10 @@ def media_spans(features: Iterable[Any]) -> list[MediaSpan]:
         taken = np.ones(int(place.length), bool) if mask is None else np.asarray(mask, bool)
         edges = np.flatnonzero(np.diff(np.concatenate(([False], taken, [False])))) + int(place.offset)
         spans += [(first, end, modality) for first, end in edges.reshape(-1, 2).tolist()]
-    return sorted(spans)
+    apart: list[MediaSpan] = []
+    taken_to = 0
+    for first, end, modality in sorted(spans):
+        if end > taken_to:
+            apart.append((max(first, taken_to), end, modality))
+            taken_to = end
+    return apart

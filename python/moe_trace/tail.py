@@ -38,7 +38,10 @@ class Tail:
     @property
     def cut_step_was_aborted(self) -> bool:
         """Whether the ring says that the program gave that step up."""
-        return self.cut_step is not None and self._ring is not None and self.cut_step.first_step in self._ring.aborted
+        if self.cut_step is None or self._ring is None:
+            return False
+        _ = self.blocks  # by which the ring learns what was aborted
+        return self.cut_step.first_step in self._ring.aborted
 
     @property
     def cut_step_was_counted(self) -> bool:

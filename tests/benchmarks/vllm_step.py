@@ -1,9 +1,10 @@
-"""What a recorded vLLM step costs, in an eager engine of this process, in two ways:
+"""What a recorded vLLM step costs, in an engine of this process, in two ways:
 
-- the parts: microseconds in the op, in our Python and in the drain thread. Each call of ours is timed where it is made,
-  and the clock's own time is taken off; the drain thread's is its CPU time;
+- the parts (eager): microseconds in the op, in our bookkeeping (whose rows a step has) and in the drain thread. Each
+  call is timed where it is made, and the clock's own time is taken off; the drain thread's is its CPU time. The hooks
+  around vLLM's methods are in the whole only;
 - the whole: some steps are recorded, and some run as if we were not there, in turn, and neighbours are compared. The
-  drain thread works beside both.
+  drain thread works beside both. In a compiled graph the op stays where it is: there, recording is paused instead.
 
 How much slower an engine is in processes of its own is for `vllm_throughput.py`.
 """
@@ -52,7 +53,17 @@ def clock_ns() -> float:
     return nothing.ns / nothing.calls
 
 
-class Switch:
+class Pause:
+    """Pauses recording and resumes it."""
+
+    def __init__(self, worker: Any) -> None:
+        self._recorder = worker.moe_native.recorder
+
+    def set(self, recorded: bool) -> None:
+        (self._recorder.resume if recorded else self._recorder.pause)()
+
+
+class TakeOff:
     """Takes everything of ours off a worker and its routers, and puts it back."""
 
     def __init__(self, worker: Any) -> None:
@@ -84,8 +95,8 @@ def engine(arguments: argparse.Namespace, directory: Path) -> tuple[Any, Any]:
 
     tiny_moe.make(directory / "model", hidden=arguments.hidden)
     llm = LLM(
-        str(directory / "model"), max_model_len=512, max_num_seqs=arguments.requests, seed=1234, enforce_eager=True,
-        enable_prefix_caching=False, distributed_executor_backend="uni",
+        str(directory / "model"), max_model_len=512, max_num_seqs=arguments.requests, seed=1234,
+        enforce_eager=not arguments.compiled, enable_prefix_caching=False, distributed_executor_backend="uni",
     )  # fmt: skip
     return llm, llm.llm_engine.model_executor.driver_worker.worker
 
@@ -126,7 +137,7 @@ def measure_parts(arguments: argparse.Namespace, directory: Path) -> None:
     print(f"  the step               {seconds / steps * 1e6:10,.0f} us")
     parts = {
         f"the op, {layers:.0f} calls": (record.ns - record.calls * clock) / steps,
-        "our Python": sum(timed.ns - timed.calls * clock for timed in python) / steps,
+        "our bookkeeping": sum(timed.ns - timed.calls * clock for timed in python) / steps,
         "the drain thread's CPU": drain / steps * 1e9,
     }
     for name, ns in parts.items():
@@ -137,7 +148,8 @@ def measure_whole(arguments: argparse.Namespace, directory: Path) -> None:
     llm, worker = engine(arguments, directory)
     from vllm import SamplingParams
 
-    switch, vllm = Switch(worker), llm.llm_engine
+    switch = Pause(worker) if arguments.compiled else TakeOff(worker)
+    vllm = llm.llm_engine
     sampling = SamplingParams(temperature=0, max_tokens=arguments.tokens, ignore_eos=True)
     numbers = itertools.count()
     differences: list[float] = []
@@ -147,7 +159,8 @@ def measure_whole(arguments: argparse.Namespace, directory: Path) -> None:
             vllm.add_request(f"request-{next(numbers)}", prompt, sampling)
         turns: list[float] = []
         while vllm.has_unfinished_requests():
-            switch.set((len(turns) + repeat) % 2 == 0)
+            # The first turn is recorded, so that the recorder learns of the requests.
+            switch.set(not turns or (len(turns) + repeat) % 2 == 0)
             seconds = []
             for _ in range(TURN):
                 start = time.perf_counter()
@@ -163,9 +176,10 @@ def measure_whole(arguments: argparse.Namespace, directory: Path) -> None:
         plain += turns[1 - first :: 2]
     switch.set(True)
     step, more = statistics.median(plain), statistics.median(differences)
+    against = "recorded, not paused  " if arguments.compiled else "all of it             "
     print(
-        f"  all of it              {more * 1e6:10.1f} us {more / step:8.2%} of {step * 1e6:,.0f} us, the median of "
-        f"{len(differences)} turns of {TURN} steps"
+        f"  {against} {more * 1e6:10.1f} us {more / step:8.2%} of {step * 1e6:,.0f} us, the median of "
+        f"{len(differences)} pairs of turns of {TURN} steps"
     )
 
 
@@ -176,14 +190,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--fields", default="ids,weights")
+    parser.add_argument("--compiled", action="store_true", help="with torch.compile; the whole only")
     parser.add_argument("--measure", choices=("parts", "whole"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         with tempfile.TemporaryDirectory() as directory:
             (measure_parts if arguments.measure == "parts" else measure_whole)(arguments, Path(directory))
         return
-    print(f"\na step of vLLM, eager, 24 layers, {arguments.requests} requests, {arguments.fields} recorded", flush=True)
-    for what in ("parts", "whole"):  # each in a process of its own, since the parts are timed at a price
+    kind = "compiled" if arguments.compiled else "eager"
+    print(
+        f"\na step of vLLM, {kind}, 24 layers, {arguments.requests} requests, {arguments.fields} recorded", flush=True
+    )
+    for what in (
+        ("whole",) if arguments.compiled else ("parts", "whole")
+    ):  # each in a process of its own, since the parts are timed at a price
         command = [sys.executable, __file__, *sys.argv[1:], "--measure", what]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode != 0:

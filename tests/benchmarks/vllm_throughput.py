@@ -1,9 +1,9 @@
-"""vLLM's throughput with recording on and off: separate processes in interleaved pairs, so that drift of the machine
+"""How long vLLM takes with recording on and off: separate processes in interleaved pairs, so that drift of the machine
 cancels.
 
 Each process builds an engine, warms it up, and times the same batch of prompts several times. Two processes of the same
-settings differ by 10 % on a small machine, by luck of cores and memory; so the process that records also pauses its
-recorder for every second batch, which tells what the recording itself costs from the luck.
+settings differ by up to 10 % on a small machine, by luck of cores and memory, so only many pairs say something about a
+difference of 1 %. `vllm_step.py` compares steps within a process, and is free of that luck.
 """
 
 from __future__ import annotations
@@ -17,20 +17,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "python" / "examples"
 
 
-def pause(worker: Any, paused: bool) -> None:
-    """Runs in the engine's worker."""
-    recorder = worker.moe_native.recorder
-    (recorder.pause if paused else recorder.resume)()
-
-
 def measure(arguments: argparse.Namespace) -> None:
-    """In a process of its own: print seconds of each batch as JSON on the last line, `{"on": …, "paused": …}` or
-    `{"off": …}`."""
+    """In a process of its own: print the seconds of each batch as JSON on the last line."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -43,25 +35,19 @@ def measure(arguments: argparse.Namespace) -> None:
     )
     sampling = SamplingParams(temperature=0, max_tokens=arguments.tokens, ignore_eos=True)
     prompts = [{"prompt_token_ids": [(7 * i + j) % 200 for j in range(32)]} for i in range(arguments.requests)]
-    modes = ["on", "paused"] if "MOE_NATIVE_TRACE" in os.environ else ["off"]
-    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
-    for batch in range(arguments.repeats + 2):
-        for mode in modes if batch % 2 == 0 else modes[::-1]:
-            if mode != "off":
-                llm.collective_rpc(pause, args=(mode == "paused",))
-            start = time.perf_counter()
-            llm.generate(prompts, sampling, use_tqdm=False)
-            if batch >= 2:  # the first ones warm up
-                seconds[mode].append(time.perf_counter() - start)
-    print("\n" + json.dumps(seconds))
+    seconds = []
+    for _ in range(arguments.repeats + 2):
+        start = time.perf_counter()
+        llm.generate(prompts, sampling, use_tqdm=False)
+        seconds.append(time.perf_counter() - start)
+    print("\n" + json.dumps(seconds[2:]))  # the first ones warm up
 
 
-def run(arguments: argparse.Namespace, trace: str | None) -> dict[str, float]:
-    """Median seconds of a batch, by mode."""
+def run(arguments: argparse.Namespace, trace: str | None) -> float:
+    """Median milliseconds of a step."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MOE_NATIVE_")}
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     environment["VLLM_LOGGING_LEVEL"] = "ERROR"
-    environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `pause` travels to the worker
     if trace is not None:
         environment |= {"MOE_NATIVE_TRACE": trace, "MOE_NATIVE_FIELDS": arguments.fields}
     command = [sys.executable, __file__, "--measure", arguments.model, "--requests", str(arguments.requests)]
@@ -70,12 +56,7 @@ def run(arguments: argparse.Namespace, trace: str | None) -> dict[str, float]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"the engine failed:\n{done.stderr[-3000:]}")
-    seconds = json.loads(done.stdout.strip().splitlines()[-1])
-    return {mode: statistics.median(values) for mode, values in seconds.items()}
-
-
-def describe(ratios: list[float]) -> str:
-    return f"{statistics.median(ratios):.4f} (median of {len(ratios)}: {min(ratios):.4f} to {max(ratios):.4f})"
+    return statistics.median(json.loads(done.stdout.strip().splitlines()[-1])) * 1e3 / arguments.tokens
 
 
 def main() -> None:
@@ -85,14 +66,17 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512, help="of that one; 512 makes a step of 20 ms or more")
     parser.add_argument("--fields", default="ids,weights")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     if arguments.measure:
         return measure(arguments)
 
+    kind = "eager" if arguments.eager else "compiled"
+    print(f"\nvLLM, {kind}, {arguments.requests} requests of {arguments.tokens} tokens, {arguments.fields} recorded")
+    ratios = []
     with tempfile.TemporaryDirectory() as directory:
         if arguments.model is None:
             sys.path.insert(0, str(EXAMPLES))
@@ -100,21 +84,15 @@ def main() -> None:
 
             arguments.model = str(Path(directory) / "model")
             tiny_moe.make(arguments.model, hidden=arguments.hidden)
-        batches: dict[str, list[float]] = {"off": [], "on": [], "paused": []}
+        trace = str(Path(directory) / "trace")
         for pair in range(arguments.pairs):
-            order = [None, str(Path(directory) / "trace")]
-            for trace in order if pair % 2 == 0 else order[::-1]:
-                for mode, seconds in run(arguments, trace).items():
-                    batches[mode].append(seconds)
-            off, on, paused = (batches[mode][-1] for mode in ("off", "on", "paused"))
-            print(f"pair {pair + 1}: off {off:.3f} s, on {on:.3f} s, paused {paused:.3f} s a batch", flush=True)
-    kind = "eager" if arguments.eager else "compiled"
-    print(f"\nvLLM, {kind}, {arguments.requests} requests of {arguments.tokens} tokens, {arguments.fields} recorded")
-    for mode, name in (("off", "recording off"), ("on", "recording on"), ("paused", "the same, paused")):
-        print(f"  {name:18}{statistics.median(batches[mode]) * 1e3 / arguments.tokens:8.2f} ms a step")
-    for base, name in (("off", "on / off, processes"), ("paused", "on / paused, within a process")):
-        ratios = [a / b for a, b in zip(batches["on"], batches[base], strict=True)]
-        print(f"  {name:32}{describe(ratios)}")
+            if pair % 2 == 0:
+                off, on = run(arguments, None), run(arguments, trace)
+            else:
+                on, off = run(arguments, trace), run(arguments, None)
+            ratios.append(on / off)
+            print(f"  pair {pair + 1}: off {off:.2f}, on {on:.2f} ms a step, on / off {on / off:.4f}", flush=True)
+    print(f"  on / off {statistics.median(ratios):.4f}, the median of {len(ratios)} pairs")
 
 
 if __name__ == "__main__":

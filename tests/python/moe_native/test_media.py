@@ -34,6 +34,11 @@ def test_spans_ascend_whatever_the_order_of_the_features() -> None:
     assert found == [(0, 1, "unknown"), (4, 6, "image"), (20, 22, "audio")]
 
 
+def test_of_spans_that_overlap_the_one_that_begins_first_has_the_positions() -> None:
+    found = media_spans([feature("audio", 10, 10), feature("video", 0, 15), feature("image", 3, 4)])
+    assert found == [(0, 15, "video"), (15, 20, "audio")]
+
+
 def test_they_are_those_of_vllm() -> None:
     inputs = pytest.importorskip("vllm.multimodal.inputs", reason="vLLM is not installed here")
     mask = torch.rand(64, generator=torch.Generator().manual_seed(0)) < 0.6

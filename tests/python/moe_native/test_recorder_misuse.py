@@ -95,6 +95,8 @@ def test_misuse_is_told(tmp_path):
     with moe_native.Recorder(tmp_path / "t") as recorder:
         with pytest.raises(ValueError, match="65534"):
             recorder.bind(70_000, experts=4, top_k=2)
+        with pytest.raises(ValueError, match="logits=-1 is no width"):
+            recorder.bind(1, experts=8, top_k=2, logits=-1)
         with pytest.raises(ValueError, match="how many rows"), recorder.step():
             pass
         with pytest.raises(ValueError, match="2 requests, but positions for 1"), recorder.step(["a", "b"], [range(3)]):
