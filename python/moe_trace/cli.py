@@ -46,17 +46,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _fail(str(error), USAGE)
     except BrokenPipeError:
-        # Whoever reads has had enough. What is still buffered must not raise again when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()  # whoever reads has had enough
         return BROKEN_PIPE
     except KeyboardInterrupt:
         return INTERRUPTED
     except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _discard_output()
         # Without "[Errno 2]", which says nothing to a person.
         named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error.strerror
         return _fail(named or str(error) or type(error).__name__, FAILED)
     except (TraceError, ValueError, MemoryError) as error:
         return _fail(str(error) or type(error).__name__, FAILED)
+
+
+def _discard_output() -> None:
+    """What is still buffered must not raise again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _summary(args: argparse.Namespace) -> int:

@@ -415,10 +415,12 @@ def test_a_failed_export_leaves_nothing_under_the_name(trace, tmp_path, monkeypa
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full to have a full disk")
 @pytest.mark.parametrize("arguments", [["summary"], ["summary", "--json"], ["export", "-o", "-"], ["info"]])
-def test_a_full_disk_under_stdout(trace, arguments):
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_full_disk_under_stdout(trace, arguments, unbuffered):
     command = [sys.executable, "-m", "moe_trace", arguments[0], str(trace), *arguments[1:]]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=ENV)
+        environment = {**ENV, "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
     assert done.returncode == 1 and "No space left" in done.stderr and "Traceback" not in done.stderr
 
 
