@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "core/ring_layout.h"
@@ -24,7 +25,6 @@ struct MediaSpan {
   int64_t first;
   int64_t end;
   uint16_t modality;  // its code
-  bool operator==(const MediaSpan&) const = default;
 };
 
 class RequestRows {
