@@ -49,7 +49,7 @@ bench: $(VENV)/installed $(VENV)/tools
 	  --benchmark-columns=min,median,max,rounds --benchmark-group-by=group --benchmark-sort=fullname $(PYTEST)
 	cd tests/benchmarks && ../../$(PY) size.py
 	cd tests/benchmarks && ../../$(PY) vllm_step.py && ../../$(PY) vllm_step.py --compiled
-	cd tests/benchmarks && ../../$(PY) vllm_throughput.py && ../../$(PY) vllm_throughput.py --eager
+	cd tests/benchmarks && ../../$(PY) vllm_pairs.py && ../../$(PY) vllm_pairs.py --eager
 
 wheel: $(VENV)/installed
 	rm -rf dist

@@ -1,6 +1,6 @@
 """The C++ half of `Recorder` and of the attribution of rows (csrc/python)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,5 +82,9 @@ def attribute(
         KeyError: one is not scheduled.
         ValueError: they do not have `rows` rows, or a position is impossible.
     """
+
+def direct(dispatched: Callable[..., None], tensor: type, exchange: object) -> Callable[..., None] | None:
+    """A function with the arguments of the op, whose tensors it reads past torch's dispatcher (csrc/python/direct.cc);
+    what it cannot, it hands to `dispatched`. None where this torch's DLPack is not known."""
 
 def owner() -> dict[str, Any]: ...

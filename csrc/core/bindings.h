@@ -24,6 +24,9 @@ struct Binding {
   // Bytes of one recorded row, for admission: a guess until the first record, then what it was.
   std::atomic<uint32_t> row_bytes{0};
   std::atomic<bool> complained{false};
+  // Fields of which a tensor has been seen whose memory holds its values. Torch also has tensors that are negated only
+  // when they are read; a router gives the same kind every time.
+  std::atomic<uint32_t> plain{0};
 };
 
 inline constexpr int kMaxBindings = 16384;

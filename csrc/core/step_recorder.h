@@ -103,6 +103,8 @@ class StepRecorder {
   bool step_open() const noexcept { return open_step_.load(std::memory_order_acquire) != 0; }
   int64_t step_rows() const noexcept { return step_rows_; }
   uint32_t fields() const noexcept { return fields_; }  // of the open step
+  // Whether a record of the open step may have to wait for room.
+  bool may_wait() const noexcept { return streamed_ || overflow_ == Overflow::kBlock; }
   // Of the open step, or of the one begun last; -1 before the first.
   int64_t step_number() const noexcept { return static_cast<int64_t>(next_step_) - 1; }
   // By any thread; from the next step on. The steps that are not recorded are counted.

@@ -250,6 +250,7 @@ PYBIND11_MODULE(_C, m) {
       PyErr_SetObject(PyExc_OSError, arguments.ptr());
     }
   });
+  define_direct(m);
   define_request_rows(m);
   m.def("owner", [] {
     const Owner owner = Owner::self();

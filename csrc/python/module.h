@@ -5,6 +5,7 @@
 
 namespace moe_native {
 
+void define_direct(pybind11::module_& m);
 void define_request_rows(pybind11::module_& m);
 
 }  // namespace moe_native

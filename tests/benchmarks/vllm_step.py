@@ -3,10 +3,11 @@
 - the parts (eager): microseconds in the op, in our bookkeeping (whose rows a step has) and in the drain thread. Each
   call is timed where it is made, and the clock's own time is taken off; the drain thread's is its CPU time. The hooks
   around vLLM's methods are in the whole only;
-- the whole: some steps are recorded, and some run as if we were not there, in turn, and neighbours are compared. The
-  drain thread works beside both. In a compiled graph the op stays where it is: there, recording is paused instead.
+- the whole: some steps are recorded, and some run as if we were not there, in turns, and neighbours are compared. Which
+  comes first is drawn, because steps have periods of their own (a KV block is full, the drain thread looks). The drain
+  thread works beside both. In a compiled graph the op stays where it is: there, recording is paused instead.
 
-How much slower an engine is in processes of its own is for `vllm_throughput.py`.
+How much slower an engine is in processes of its own is for `vllm_pairs.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -23,8 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from medians import median
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "python" / "examples"
-TURN = 8  # steps that are recorded or not before it changes
+TURN = 6  # steps that are recorded or not before it changes
 
 
 class Timed:
@@ -152,34 +156,39 @@ def measure_whole(arguments: argparse.Namespace, directory: Path) -> None:
     vllm = llm.llm_engine
     sampling = SamplingParams(temperature=0, max_tokens=arguments.tokens, ignore_eos=True)
     numbers = itertools.count()
-    differences: list[float] = []
+    order = random.Random(0)
     plain: list[float] = []
+    differences: list[float] = []
+
+    def turn(recorded: bool) -> float:
+        """Median seconds of a step."""
+        switch.set(recorded)
+        seconds = []
+        for _ in range(TURN):
+            start = time.perf_counter()
+            vllm.step()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds[2:])  # the first ones find the other kind's code in the caches
+
     for repeat in range(arguments.repeats + 1):
         for prompt in prompts(arguments):
             vllm.add_request(f"request-{next(numbers)}", prompt, sampling)
-        turns: list[float] = []
+        switch.set(True)  # so that the recorder learns of the requests
+        vllm.step()
+        for _ in range((arguments.tokens - 1) // (2 * TURN)):
+            seconds = {recorded: turn(recorded) for recorded in order.sample([False, True], 2)}
+            if repeat > 0:  # the first one warms up
+                plain.append(seconds[False])
+                differences.append(seconds[True] - seconds[False])
         while vllm.has_unfinished_requests():
-            # The first turn is recorded, so that the recorder learns of the requests.
-            switch.set(not turns or (len(turns) + repeat) % 2 == 0)
-            seconds = []
-            for _ in range(TURN):
-                start = time.perf_counter()
-                vllm.step()
-                seconds.append(time.perf_counter() - start)
-            turns.append(statistics.mean(seconds[2:]))  # the first ones find the other kind's code in the caches
-        if repeat == 0:  # warms up
-            continue
-        turns = turns[1:-1]  # without the prompts, and the requests' end
-        first = (1 + repeat) % 2  # whether turns[0] is plain
-        for at, (one, other) in enumerate(itertools.pairwise(turns)):
-            differences.append(one - other if (at + first) % 2 == 0 else other - one)
-        plain += turns[1 - first :: 2]
+            vllm.step()
     switch.set(True)
-    step, more = statistics.median(plain), statistics.median(differences)
+    step = statistics.median(plain)
+    more, low, high = median(differences)
     against = "recorded, not paused  " if arguments.compiled else "all of it             "
     print(
-        f"  {against} {more * 1e6:10.1f} us {more / step:8.2%} of {step * 1e6:,.0f} us, the median of "
-        f"{len(differences)} pairs of turns of {TURN} steps"
+        f"  {against} {more * 1e6:10.1f} us {more / step:8.2%} [{low / step:.2%}, {high / step:.2%}] of "
+        f"{step * 1e6:,.0f} us, the median of {len(differences)} pairs of turns of {TURN} steps"
     )
 
 
@@ -188,7 +197,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512, help="of the model; 512 makes steps of 20 ms or more")
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--fields", default="ids,weights")
     parser.add_argument("--compiled", action="store_true", help="with torch.compile; the whole only")
     parser.add_argument("--measure", choices=("parts", "whole"), help=argparse.SUPPRESS)

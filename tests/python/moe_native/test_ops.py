@@ -1,4 +1,5 @@
-"""The op in torch: every accepted dtype and stride, survives every compiler mode, never raises."""
+"""The op in torch: every accepted dtype and stride, survives every compiler mode, never raises; past torch's dispatcher
+and through it."""
 
 from __future__ import annotations
 
@@ -13,6 +14,16 @@ import moe_trace
 from moe_native import ops
 
 EXPERTS, K = 60, 4
+dispatched = torch.ops.moe_native.record._op
+
+
+@pytest.fixture(autouse=True, params=["direct", "dispatched"])
+def way(request, monkeypatch):
+    """How calls from Python go."""
+    assert ops.op._op is not dispatched, "this torch does not let us pass its dispatcher"
+    if request.param == "dispatched":
+        monkeypatch.setattr(ops.op, "_op", dispatched)
+    return request.param
 
 
 @pytest.fixture
@@ -121,6 +132,47 @@ def test_unusable_tensors_are_a_counted_loss_and_one_line(recorder, caplog, spoi
     trace = moe_trace.open(recorder.path)
     assert np.array_equal(trace.layer(1).ids, np.tile(ids.numpy(), (3, 1)))
     assert not trace.complete
+
+
+def test_what_is_no_plain_tensor_of_the_cpu_goes_through_the_dispatcher(recorder, tmp_path):
+    class Marked(torch.Tensor):
+        pass
+
+    binding = recorder.bind(0, experts=EXPERTS, top_k=K)
+    ids, weights, logits = routed(6)
+    grown = (weights.clone().requires_grad_() * 1, logits.clone().requires_grad_())
+    with torch.no_grad():
+        layer = record_one(recorder, binding, ids, *grown)
+    assert np.array_equal(layer.logits, logits.numpy())
+    with moe_native.Recorder(tmp_path / "other", fields=("ids", "weights", "logits")) as other:
+        binding = other.bind(0, experts=EXPERTS, top_k=K)
+        with other.step(rows=24):
+            negative = other.bind(1, experts=EXPERTS, top_k=K)
+            ops.op(ops.state, ids.as_subclass(Marked), weights, logits, None, binding)
+            ops.op(ops.state, ids, weights, logits.as_subclass(Marked), None, binding)
+            ops.op(ops.state, ids, weights, router_logits=logits, hidden=None, binding=binding)
+            ops.op(ops.state, ids, weights, logits, None, binding)
+            lazy = torch.complex(weights, -weights).conj().imag  # negated when it is read
+            assert lazy.is_neg()
+            for _ in range(4):
+                ops.op(ops.state, ids, lazy, logits, None, negative)
+            meta = (tensor.to("meta") for tensor in (ids, weights, logits))
+            ops.op(ops.state, *meta, None, binding)
+    trace = moe_trace.open(other.path)
+    assert np.array_equal(trace.layer(0).ids, np.tile(ids.numpy(), (4, 1)))
+    assert np.array_equal(trace.layer(1).weights, np.tile(weights.half().numpy(), (4, 1)))
+    for wrong in ((ops.state, ids), (ops.state, ids, weights, None, None, "0"), (ops.state, 1, weights, None, None, 0)):
+        with pytest.raises((TypeError, RuntimeError)):
+            ops.op(*wrong)
+
+
+@pytest.mark.parametrize("rows", [256, 257, 5000])
+def test_a_long_copy_lets_other_threads_run_and_is_the_same(recorder, rows):
+    ids, weights, logits = routed(rows)
+    binding = recorder.bind(0, experts=EXPERTS, top_k=K)
+    layer = record_one(recorder, binding, ids, weights, logits)
+    assert np.array_equal(layer.ids, ids.numpy())
+    assert np.array_equal(layer.logits, logits.numpy())
 
 
 def test_an_unknown_binding_is_nothing():
