@@ -162,8 +162,11 @@ void Drain::write_ready(bool all) {
     }
     if (batch_ == 0) break;
     full = full || batch_bytes_ >= pressure_bytes() || ready.front().fragments > 0 || assembler_.open_is_streamed();
-    const bool due = Clock::now() - oldest_ready_ >= std::chrono::duration<double>(options_.flush_seconds);
-    if (!(all || full || due)) return;
+    const auto now = Clock::now();
+    const bool due = now - oldest_ready_ >= std::chrono::duration<double>(options_.flush_seconds);
+    // A disk that takes nothing just now costs no step that the ring can hold until it is tried again.
+    const bool in_vain = failing_ && now < retry_at_;
+    if (!full && (in_vain || !(all || due))) return;
     std::vector<const StepData*> steps;
     for (size_t i = 0; i < batch_; ++i) steps.push_back(&ready[i]);
     const auto end = steps.back()->end;
@@ -202,7 +205,8 @@ void Drain::write_fragment() {
 
 // Losses that came after the last block, and records of aborted steps that no block took.
 void Drain::write_bookkeeping() {
-  if (assembler_.open().fragments > 0) return;
+  // Steps that wait for the disk are still in the ring, and so is what the bookkeeping would give back.
+  if (assembler_.open().fragments > 0 || !assembler_.ready().empty()) return;
   uint64_t sum = 0;
   for (const LossTotals& t : losses()) sum += t.steps + t.layers + t.rows;
   const bool nothing_open = assembler_.open().bytes == 0;

@@ -48,7 +48,7 @@ struct DiskTest : DrainTest {
   }
 };
 
-TEST_F(DiskTest, AnUnwritableDirectoryCostsCountedStepsAndIsSaidOnce) {
+TEST_F(DiskTest, AnUnwritableDirectoryCostsTheStepsOfOneBlockAndIsSaidOnce) {
   auto o = options();
   Recording recording(o);
   const auto layers = test::bind_layers(recording.steps(), 2, 60, 4);
@@ -57,8 +57,9 @@ TEST_F(DiskTest, AnUnwritableDirectoryCostsCountedStepsAndIsSaidOnce) {
     ASSERT_TRUE(test::record_step(recording.steps(), layers, Routed(4, 4, 60), {run(0, 0, 4)}));
     EXPECT_FALSE(recording.drain().flush(10));
   }
-  EXPECT_EQ(recording.ring().losses(Loss::kIoError).steps, 3u);
-  EXPECT_EQ(recording.ring().losses(Loss::kIoError).rows, 12u);
+  // The block that could not be written is lost; the steps behind it wait in the ring for the next try.
+  EXPECT_EQ(recording.ring().losses(Loss::kIoError).steps, 1u);
+  EXPECT_EQ(recording.ring().losses(Loss::kIoError).rows, 4u);
   const auto texts = recording.messages().take();
   ASSERT_EQ(texts.size(), 1u);
   EXPECT_NE(texts[0].find(rank), std::string::npos);
@@ -69,8 +70,27 @@ TEST_F(DiskTest, AnUnwritableDirectoryCostsCountedStepsAndIsSaidOnce) {
   ASSERT_TRUE(recording.drain().flush(10));
   const auto all = blocks();
   ASSERT_EQ(all.size(), 1u);
-  EXPECT_EQ(steps_in(all), 1u);
-  EXPECT_EQ(all[0].cell(EntryField::kLosses, 0, 2, 8), 3u);
+  EXPECT_EQ(steps_in(all), 3u);
+  EXPECT_EQ(all[0].cell(EntryField::kLosses, 0, 2, 8), 1u);
+}
+
+TEST_F(DiskTest, StepsThatWaitForTheDiskAreLostOnceTheRingIsFull) {
+  Recording recording(options());
+  const auto layers = test::bind_layers(recording.steps(), 2, 60, 4);
+  fs::rename(rank, rank + "-gone");
+  ASSERT_TRUE(test::record_step(recording.steps(), layers, Routed(4, 4, 60), {run(0, 0, 4)}));
+  EXPECT_FALSE(recording.drain().flush(10));
+  uint32_t recorded = 1;
+  for (int i = 0; i < 200; ++i, ++recorded) {  // several rings full, and none refused
+    ASSERT_TRUE(test::record_step(recording.steps(), layers, random_rows(500), {run(0, 0, 500)})) << i;
+    if (i % 10 == 9) recording.drain().flush(10);
+  }
+  const uint64_t lost = recording.ring().losses(Loss::kIoError).steps;
+  EXPECT_GT(lost, 100u);
+  fs::rename(rank + "-gone", rank);
+  wait_for_the_next_try();
+  ASSERT_TRUE(recording.drain().flush(10));
+  EXPECT_EQ(steps_in(blocks()), recorded - recording.ring().losses(Loss::kIoError).steps);
 }
 
 TEST_F(DiskTest, RequestsOfLostStepsKeepTheirNames) {
