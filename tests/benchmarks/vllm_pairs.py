@@ -101,8 +101,11 @@ class Engine:
 
 def pair(arguments: argparse.Namespace, directory: Path, number: int) -> tuple[float, float]:
     """Seconds of a step without recording, and the median ratio of neighbouring turns."""
-    trace = None if arguments.null else str(directory / "trace")
-    engines = [Engine(arguments, directory, "off", None), Engine(arguments, directory, "on", trace)]
+    traces = {"off": None, "on": None if arguments.null else str(directory / "trace")}
+    # The one that starts first may get the better memory, so it is another one in each pair.
+    names = ["off", "on"] if number % 2 == 0 else ["on", "off"]
+    started = {name: Engine(arguments, directory, name, traces[name]) for name in names}
+    engines = [started["off"], started["on"]]
     for engine in engines:
         engine.answer()
     order = random.Random(number)
