@@ -96,7 +96,8 @@ bool look(Binding& bound, Field field, PyObject* tensor, RowsView& view) noexcep
   static constexpr std::byte kSomething{};
   view.data = &kSomething;
   view.dtype = dtype_of(t);
-  if (t.ndim != 2 || t.strides == nullptr) return t.ndim != 2;
+  if (t.ndim != 2) return true;  // the recorder says what is wrong with it
+  if (t.strides == nullptr) return false;
   view.rows = t.shape[0];
   view.width = t.shape[1];
   view.row_stride = t.strides[0];
