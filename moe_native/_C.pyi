@@ -1,10 +1,12 @@
 """The C++ half of `Recorder` and of the attribution of rows (csrc/python)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
+
+ADMITTED: int  # what `begin_step` returns for a step that is recorded
+MESSAGES: int  # added to it where some wait for `take_messages`
 
 class Recording:
     def __init__(
@@ -24,12 +26,10 @@ class Recording:
         flush_seconds: float,
     ) -> None: ...
     def bind(self, layer: int, experts: int, k: int, enabled: bool, every_step: bool, logits_width: int) -> int: ...
-    def begin_step(self, rows: int, spans: Any = None) -> int: ...
+    def begin_step(self, rows: int, spans: list[tuple[int, int]] | None, /) -> int: ...
     def place(self, places: list[tuple[int, int, int, int]]) -> None: ...
     def narrow(self, rows: int) -> None: ...
-    def end_step(
-        self, runs: npt.NDArray[np.void], tokens: npt.NDArray[np.uint32] | None, notes: bytes, note_count: int
-    ) -> bool: ...
+    def end_step(self, runs: bytes, tokens: bytes | None, notes: bytes, note_count: int, /) -> bool: ...
     def abort_step(self) -> None: ...
     def pause(self, paused: bool) -> None: ...
     def configure(self, fields: int, counted: bool) -> None: ...
@@ -39,8 +39,6 @@ class Recording:
     def close(self) -> None: ...
     def counters(self) -> dict[str, Any]: ...
     def take_messages(self) -> list[str]: ...
-    @property
-    def has_messages(self) -> bool: ...
     @property
     def here(self) -> bool: ...
     @property
@@ -65,23 +63,32 @@ class RequestRows:
     @property
     def executed(self) -> int: ...
 
-def attribute(
-    batch: Sequence[str],
-    batch_size: int,
-    scheduled: Mapping[str, int],
-    speculated: Mapping[str, Any],
-    requests: Mapping[str, RequestRows],
-    positions: npt.NDArray[Any],
-    rows: int,
-) -> npt.NDArray[np.void] | None:
-    """The runs of a step (csrc/python/request_rows.cc): its rows are those of the first `batch_size` requests of
-    `batch`, one after the other, as many of each as `scheduled` says; the last ones of them are its drafts in
-    `speculated`. `positions` has one item a row, or more. None, and nothing is changed, where `requests` lacks one.
+class RunningRequests:
+    """The requests under way, by the engine's ids, and the runs of its steps (csrc/python/request_rows.h)."""
 
-    Raises:
-        KeyError: one is not scheduled.
-        ValueError: they do not have `rows` rows, or a position is impossible.
-    """
+    def __init__(self) -> None: ...
+    def add(self, id: str, request: RequestRows) -> None: ...
+    def get(self, id: str) -> Any | None: ...
+    def pop(self, id: str) -> Any | None: ...
+    def __len__(self) -> int: ...
+    def execute(
+        self,
+        batch: Sequence[str],
+        batch_size: int,
+        scheduled: dict[str, int],
+        speculated: dict[str, Any],
+        positions: npt.NDArray[Any],
+        rows: int,
+        /,
+    ) -> bytes | None:
+        """The runs (`RUN_DTYPE`) of a step, whose rows are those of the first `batch_size` requests of `batch`, one
+        after the other, as many of each as `scheduled` says; the last ones of them are its drafts in `speculated`.
+        `positions` has one item a row, or more. None, and nothing is changed, where a request is not under way.
+
+        Raises:
+            KeyError: one is not scheduled.
+            TypeError, ValueError: they do not have `rows` rows, or a position is impossible.
+        """
 
 def direct(dispatched: Callable[..., None], tensor: type, exchange: object) -> Callable[..., None] | None:
     """A function with the arguments of the op, whose tensors it reads past torch's dispatcher (csrc/python/direct.cc);

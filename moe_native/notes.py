@@ -29,6 +29,9 @@ class Notes:
             record must fit in the ring; of a request whose own note is larger only the name is kept.
         tier: says which of the requests that come from now on are kept. The others get an index, but no note: neither
             their names nor anything else of them is written.
+
+    Attributes:
+        waiting: the notes that no step has carried yet.
     """
 
     def __init__(self, limit: int, tier: Tier) -> None:
@@ -36,7 +39,7 @@ class Notes:
         self._limit = limit
         self._requests: dict[str, tuple[int, dict[str, Any]]] = {}  # index and info
         self._next = {True: 0, False: COUNTED}  # by whether the request is kept
-        self._waiting: dict[tuple[int, int], bytes] = {}  # by kind and key: a newer definition replaces one that waits
+        self.waiting: dict[tuple[int, int], bytes] = {}  # by kind and key: a newer definition replaces one that waits
         self._lines = 0
         self._fresh: set[int] = set()  # requests that no step can have rows of yet
 
@@ -86,9 +89,9 @@ class Notes:
             return
         if index in self._fresh:  # it came and went while nothing was recorded
             self._fresh.remove(index)
-            self._waiting.pop((_REQUEST, index), None)
+            self.waiting.pop((_REQUEST, index), None)
         else:
-            self._waiting[_ENDED, index] = _HEAD.pack(_ENDED, index, 0)
+            self.waiting[_ENDED, index] = _HEAD.pack(_ENDED, index, 0)
 
     def amend(self, step: int, row: int, count: int, flags: Sequence[str], at: tuple[int, int] | None = None) -> None:
         """A late fact about rows of an earlier step. `at` says whose they are: index of the request and position of the
@@ -111,21 +114,21 @@ class Notes:
     @property
     def amendments_wait(self) -> bool:
         """Whether there are late facts that no step has carried yet."""
-        return any(kind == _LINE for kind, _ in self._waiting)
+        return any(kind == _LINE for kind, _ in self.waiting)
 
     def _add(self, kind: int, key: int, line: dict[str, Any]) -> bool:
         """False: the line is too long for a step."""
         text = json.dumps(line, separators=(",", ":")).encode()
         if len(text) > self._limit:
             return False
-        self._waiting[kind, key] = _HEAD.pack(kind, 0 if kind == _LINE else key, len(text)) + text
+        self.waiting[kind, key] = _HEAD.pack(kind, 0 if kind == _LINE else key, len(text)) + text
         return True
 
     def next(self) -> list[bytes]:
         """What the next step carries. It waits on until `delivered` says that the step was committed."""
         notes: list[bytes] = []
         size = 0
-        for note in self._waiting.values():
+        for note in self.waiting.values():
             if size + len(note) > self._limit and notes:
                 break
             notes.append(note)
@@ -134,6 +137,6 @@ class Notes:
 
     def delivered(self, count: int) -> None:
         """The first `count` waiting notes are in the ring."""
-        for key in list(itertools.islice(self._waiting, count)):
-            del self._waiting[key]
+        for key in list(itertools.islice(self.waiting, count)):
+            del self.waiting[key]
         self._fresh.clear()

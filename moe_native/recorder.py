@@ -145,6 +145,7 @@ class Recorder:
                 self.directory.rmdir()
                 self.directory.parent.rmdir()
             raise
+        self._begin_step, self._end_step = self._core.begin_step, self._core.end_step
         self._core.configure(tier.bits, tier.counted)
         self._notes = Notes(settings.ring_bytes // lanes // 8, tier)
         self._bindings: dict[int, int] = {}  # their layers
@@ -327,9 +328,10 @@ class Recorder:
                 self._publish_metadata()
             except OSError as error:  # segments carry the metadata as well, and close() writes it again
                 log.warning("moe_native: rank.json cannot be written: %s", error)
-        if self._core.has_messages:
+        begun = self._begin_step(n_rows, None if spans is None else list(spans))
+        if begun & _C.MESSAGES:
             self._log_messages()
-        return bool(self._core.begin_step(n_rows, spans) == 0)
+        return begun & ~_C.MESSAGES == _C.ADMITTED
 
     def place(self, places: Sequence[tuple[int, int, int, int]]) -> None:
         """Say where this thread's calls find the rows of the open step, which was begun with empty `spans`. A call
@@ -349,11 +351,11 @@ class Recorder:
         """The open step has only `n_rows` rows. To be said before its first layer."""
         self._core.narrow(n_rows)
 
-    def end_step(self, runs: npt.NDArray[np.void], tokens: npt.NDArray[Any] | None = None) -> bool:
+    def end_step(self, runs: npt.NDArray[np.void] | bytes, tokens: npt.NDArray[Any] | None = None) -> bool:
         """Commit the open step.
 
         Args:
-            runs: `RUN_DTYPE`, in the order of the rows; the counts add up to the step's rows.
+            runs: `RUN_DTYPE`, also as bytes, in the order of the rows; the counts add up to the step's rows.
             tokens: `[rows]` token ids; stored when the field `tokens` was asked for.
 
         Returns:
@@ -362,11 +364,19 @@ class Recorder:
         Raises:
             ValueError: the runs do not cover the step's rows. The step stays open: abort it.
         """
-        runs = self._sampling.mark(self._core.step_number, runs)
+        if not isinstance(runs, bytes):
+            if runs.dtype != RUN_DTYPE or runs.ndim != 1:
+                raise ValueError("runs must be a one-dimensional array of RUN_DTYPE")
+            runs = runs.tobytes()
+        if self._sampling.may_leave_out:
+            runs = self._sampling.mark(self._core.step_number, np.frombuffer(runs, RUN_DTYPE)).tobytes()
+        if tokens is None and not self._notes.waiting:  # as it is most often
+            return self._end_step(runs, None, b"", 0)
+        stored = None
+        if tokens is not None and "tokens" in self.fields:
+            stored = np.asarray(tokens, dtype=np.uint32).tobytes()
         notes = self._notes.next()
-        if tokens is not None:
-            tokens = np.ascontiguousarray(tokens, dtype=np.uint32) if "tokens" in self.fields else None
-        kept = bool(self._core.end_step(runs, tokens, b"".join(notes), len(notes)))
+        kept = self._end_step(runs, stored, b"".join(notes), len(notes))
         if kept:
             self._notes.delivered(len(notes))
         return kept

@@ -22,13 +22,17 @@ class Sampling:
     """The tier of a recorder, and the one that is wanted from the next step on.
 
     `want` may be called by any thread; everything else belongs to the model's thread.
+
+    Attributes:
+        may_leave_out: whether a row may be counted and not stored: by this tier, or by one from before, of which there
+            may be requests left.
     """
 
     def __init__(self, tier: Tier) -> None:
         self.tier = tier
         self._wanted: Tier | None = None
         self._lock = threading.Lock()
-        self._may_leave_out = tier.sample < 1 or tier.counted  # now, or once: then requests may be left of it
+        self.may_leave_out = tier.sample < 1 or tier.counted
         self._steps = _SampledSteps()
 
     @property
@@ -68,12 +72,12 @@ class Sampling:
             if tier is None:
                 return
             self.tier = tier
-        self._may_leave_out = self._may_leave_out or tier.sample < 1 or tier.counted
+        self.may_leave_out = self.may_leave_out or tier.sample < 1 or tier.counted
         take(tier)
 
     def mark(self, step: int, runs: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
         """The runs of a step, those marked whose rows are counted and not stored."""
-        if not self._may_leave_out:
+        if not self.may_leave_out:
             return runs
         counted = runs["request"] >= COUNTED  # nobody's too
         if self.tier.counted:
@@ -88,7 +92,7 @@ class Sampling:
 
     def places(self, step: int, row: int, count: int) -> list[Place] | None:
         """Where the rows [row, row + count) of a step are, if not all of its rows are stored; None if they are."""
-        return self._steps.find(step, row, count) if self._may_leave_out else None
+        return self._steps.find(step, row, count) if self.may_leave_out else None
 
 
 class _SampledSteps:

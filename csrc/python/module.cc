@@ -2,13 +2,12 @@
 // op.
 #include "python/module.h"
 
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstring>
 #include <memory>
-#include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -16,6 +15,7 @@
 #include <vector>
 
 #include "core/owner.h"
+#include "python/bound.h"
 #include "segment/recording.h"
 
 namespace py = pybind11;
@@ -25,6 +25,32 @@ namespace {
 
 constexpr const char* kLossNames[kLossCauses] = {"ring_full", "too_large",  "aborted",  "bad_input",
                                                  "no_lane",   "incomplete", "io_error", "paused"};
+
+constexpr int kMessages = 8;  // beside a Begun
+
+// Rows of a router's tensors, from a list of (start, count).
+std::vector<RowSpan> spans_of(const py::handle& pairs, int64_t rows) {
+  std::vector<RowSpan> spans;
+  int64_t end = 0, sum = 0;
+  for (const auto& [start, count] : pairs.cast<std::vector<std::pair<int64_t, int64_t>>>()) {
+    if (start < end || count < 0) throw py::value_error("spans must ascend and not overlap");
+    spans.push_back({start, count});
+    end = start + count;
+    sum += count;
+  }
+  if (!spans.empty() && sum != rows) throw py::value_error("spans must add up to n_rows");
+  return spans;
+}
+
+// The items in a `bytes`, which lie aligned behind its head.
+template <class T>
+std::span<const T> array_of(PyObject* bytes) {
+  char* data = nullptr;
+  py::ssize_t size = 0;
+  if (PyBytes_AsStringAndSize(bytes, &data, &size) != 0) throw py::error_already_set();
+  if (static_cast<size_t>(size) % sizeof(T) != 0) throw py::value_error("not a whole number of items");
+  return {reinterpret_cast<const T*>(data), static_cast<size_t>(size) / sizeof(T)};
+}
 
 // Holds a Recording; in a forked child it holds it and does nothing with it.
 class Handle {
@@ -55,25 +81,19 @@ class Handle {
   }
 
   // 0 admitted, 1 refused, 2 paused
-  int begin_step(int64_t rows, const std::optional<std::vector<std::pair<int64_t, int64_t>>>& spans) {
-    if (!usable()) return static_cast<int>(Begun::kPaused);
+  // (rows, spans: None or a list of pairs) -> Begun, and kMessages where some wait to be taken
+  py::object begin_step(Arguments arguments) {
+    require_arguments(arguments, 2);
+    if (!usable()) return py::int_(static_cast<int>(Begun::kPaused));
+    const int64_t rows = whole_number(arguments[0]);
     if (rows < 0 || rows >= int64_t{1} << 32) throw py::value_error("n_rows must be between 0 and 2**32 - 1");
-    std::vector<RowSpan> kept;
-    const bool placed = spans && spans->empty() && rows > 0;
-    if (spans && !placed) {
-      int64_t end = 0, sum = 0;
-      for (const auto& [start, count] : *spans) {
-        if (start < end || count < 0) throw py::value_error("spans must ascend and not overlap");
-        kept.push_back({start, count});
-        end = start + count;
-        sum += count;
-      }
-      if (sum != rows) throw py::value_error("spans must add up to n_rows");
-    } else {
-      kept.push_back({0, rows});
-    }
     StepRecorder& steps = recording_->steps();
-    const auto begin = [&] { return placed ? steps.begin_placed_step(rows) : steps.begin_step(kept); };
+    std::vector<RowSpan> given;
+    if (arguments[1] != Py_None) given = spans_of(arguments[1], rows);
+    const bool placed = arguments[1] != Py_None && given.empty() && rows > 0;
+    const RowSpan first{0, rows};
+    const auto spans = given.empty() ? std::span(&first, 1) : std::span<const RowSpan>(given);
+    const auto begin = [&] { return placed ? steps.begin_placed_step(rows) : steps.begin_step(spans); };
     Begun begun;
     if (blocks_) {  // it may wait, and other Python threads should not
       const py::gil_scoped_release release;
@@ -82,7 +102,7 @@ class Handle {
       begun = begin();
     }
     if (begun == Begun::kNested) throw std::runtime_error("a step is open already: end it before the next one begins");
-    return static_cast<int>(begun);
+    return py::int_(static_cast<int>(begun) | (recording_->messages().pending() ? kMessages : 0));
   }
 
   void place(const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>>& places) {
@@ -100,34 +120,34 @@ class Handle {
     if (usable()) recording_->steps().narrow(rows);
   }
 
-  bool end_step(const py::array& given, const std::optional<py::array_t<uint32_t, py::array::c_style>>& tokens,
-                const py::bytes& notes, uint32_t note_count) {
-    if (!usable()) return false;
-    if (given.itemsize() != sizeof(Run) || given.ndim() != 1) {
-      throw py::value_error("runs must be a one-dimensional array of RUN_DTYPE");
-    }
-    const auto runs = py::array::ensure(given, py::array::c_style);
+  // (runs: bytes, token ids: bytes or None, notes: bytes, how many notes) -> whether the step is kept
+  py::object end_step(Arguments arguments) {
+    require_arguments(arguments, 4);
+    if (!usable()) return py::bool_(false);
     StepRecorder& steps = recording_->steps();
     StepTable table;
-    table.runs = {static_cast<const Run*>(runs.data()), static_cast<size_t>(runs.size())};
+    table.runs = array_of<Run>(arguments[0]);
     uint64_t rows = 0;
     for (const Run& run : table.runs) rows += run.count;
     if (steps.step_open() && rows != static_cast<uint64_t>(steps.step_rows())) {
       throw py::value_error("the runs have " + std::to_string(rows) + " rows, the step has " +
                             std::to_string(steps.step_rows()));
     }
-    if (tokens) {
-      if (tokens->size() != steps.step_rows()) throw py::value_error("tokens must have one token id a row");
-      table.tokens = {tokens->data(), static_cast<size_t>(tokens->size())};
+    if (arguments[1] != Py_None) {
+      table.tokens = array_of<uint32_t>(arguments[1]);
+      if (table.tokens.size() != static_cast<size_t>(steps.step_rows())) {
+        throw py::value_error("tokens must have one token id a row");
+      }
     }
-    char* note_data = nullptr;
-    py::ssize_t note_bytes = 0;
-    if (PyBytes_AsStringAndSize(notes.ptr(), &note_data, &note_bytes) != 0) throw py::error_already_set();
-    table.notes = {reinterpret_cast<const std::byte*>(note_data), static_cast<size_t>(note_bytes)};
-    table.note_count = note_count;
-    if (!blocks_) return steps.end_step(table);
-    const py::gil_scoped_release release;
-    return steps.end_step(table);
+    table.notes = array_of<std::byte>(arguments[2]);
+    table.note_count = static_cast<uint32_t>(whole_number(arguments[3]));
+    if (!blocks_) return py::bool_(steps.end_step(table));
+    bool kept;
+    {
+      const py::gil_scoped_release release;
+      kept = steps.end_step(table);
+    }
+    return py::bool_(kept);
   }
 
   void abort_step() {
@@ -156,7 +176,6 @@ class Handle {
     const py::gil_scoped_release release;
     recording_->close();
   }
-  bool has_messages() const { return recording_->messages().pending(); }
   std::vector<std::string> take_messages() { return recording_->messages().take(); }
   uint64_t ring_id() const { return recording_->ring().id(); }
   std::string ring_path() const { return recording_->ring().path(); }
@@ -222,10 +241,10 @@ PYBIND11_MODULE(_C, m) {
            py::arg("segment_bytes"), py::arg("max_bytes"), py::arg("flush_seconds"))
       .def("bind", &Handle::bind, py::arg("layer"), py::arg("experts"), py::arg("k"), py::arg("enabled"),
            py::arg("every_step"), py::arg("logits_width"))
-      .def("begin_step", &Handle::begin_step, py::arg("rows"), py::arg("spans") = py::none())
+      .def_property_readonly("begin_step", &bound<Handle, &Handle::begin_step>)
       .def("place", &Handle::place, py::arg("places"))
       .def("narrow", &Handle::narrow, py::arg("rows"))
-      .def("end_step", &Handle::end_step, py::arg("runs"), py::arg("tokens"), py::arg("notes"), py::arg("note_count"))
+      .def_property_readonly("end_step", &bound<Handle, &Handle::end_step>)
       .def("abort_step", &Handle::abort_step)
       .def("pause", &Handle::pause)
       .def("configure", &Handle::configure, py::arg("fields"), py::arg("counted"))
@@ -236,7 +255,6 @@ PYBIND11_MODULE(_C, m) {
       .def("counters", &Handle::counters)
       .def("take_messages", &Handle::take_messages)
       .def_property_readonly("here", &Handle::here)
-      .def_property_readonly("has_messages", &Handle::has_messages)
       .def_property_readonly("ring_id", &Handle::ring_id)
       .def_property_readonly("ring_path", &Handle::ring_path)
       .def_property_readonly("paused", &Handle::paused)
@@ -250,6 +268,8 @@ PYBIND11_MODULE(_C, m) {
       PyErr_SetObject(PyExc_OSError, arguments.ptr());
     }
   });
+  m.attr("ADMITTED") = static_cast<int>(Begun::kAdmitted);
+  m.attr("MESSAGES") = kMessages;
   define_direct(m);
   define_request_rows(m);
   m.def("owner", [] {

@@ -1,10 +1,18 @@
 #include "segment/recording.h"
 
-#include <unistd.h>
+#include <pthread.h>
+
+#include <atomic>
+#include <system_error>
 
 namespace moe_native {
 
 namespace {
+
+// How many forks lie between the process that loaded this library and this one. Asking for the process id would be a
+// system call at every step.
+std::atomic<uint32_t> forks{0};
+const int forks_are_counted = ::pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
 
 DrainOptions with_ring(DrainOptions options, const Ring& ring) {
   options.identity.ring_id = ring.id();
@@ -13,7 +21,9 @@ DrainOptions with_ring(DrainOptions options, const Ring& ring) {
 
 }  // namespace
 
-Recording::Recording(const RecordingOptions& options) : pid_(::getpid()), ring_(new Ring(options.ring)) {
+Recording::Recording(const RecordingOptions& options)
+    : forks_(forks.load(std::memory_order_relaxed)), ring_(new Ring(options.ring)) {
+  if (forks_are_counted != 0) throw std::system_error(forks_are_counted, std::generic_category(), "pthread_atfork");
   steps_ = std::make_unique<StepRecorder>(*ring_, options.overflow, options.fields, messages_);
   drain_ = std::make_unique<Drain>(*ring_, with_ring(options.drain, *ring_), messages_);
   if (ring_->fell_back()) {
@@ -32,7 +42,7 @@ Recording::~Recording() {
   static_cast<void>(ring_.release());
 }
 
-bool Recording::here() const { return ::getpid() == pid_; }
+bool Recording::here() const { return forks.load(std::memory_order_relaxed) == forks_; }
 
 void Recording::close() {
   if (closed_ || !here()) return;

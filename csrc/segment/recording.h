@@ -1,8 +1,7 @@
 // One recorder, whole: its ring, the producer's side, the drain thread. What the Python bindings hold.
 #pragma once
 
-#include <sys/types.h>
-
+#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -37,7 +36,7 @@ class Recording {
   bool here() const;
 
  private:
-  const pid_t pid_;
+  const uint32_t forks_;  // before it was made
   Messages messages_;
   std::unique_ptr<Ring> ring_;
   std::unique_ptr<StepRecorder> steps_;

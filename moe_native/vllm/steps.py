@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,9 @@ class Steps:
         self._runner = runner
         self.owners: BlockOwners | None = None  # of the KV blocks, where the prefix cache is followed
         self._fates = DraftFates(recorder)
-        self._requests: dict[str, Request] = {}  # by vLLM's internal id
+        self._requests = _C.RunningRequests()  # by vLLM's internal id
+        self._execute = self._requests.execute
+        self.number = recorder.step_number  # of the step that was begun last, recorded or not
         self._internal: dict[str, str] = {}  # that id, by the name that is recorded
         self._positions = _HostArray()
 
@@ -81,14 +84,10 @@ class Steps:
             self._note_cached(data.req_id, getattr(data, "block_ids", ()), int(getattr(data, "num_computed_tokens", 0)))
         rows = scheduler_output.total_num_scheduled_tokens
         opened = rows > 0 and (self._recorder.begin_step if self._forward is None else self._forward.begin)(rows)
+        self.number += rows > 0
         if rows > 0 and not opened:
             self._fates.missed()
         return opened
-
-    @property
-    def number(self) -> int:
-        """Of the step that was begun last."""
-        return self._recorder.step_number
 
     def lose(self, scheduler_output: Any, number: int) -> None:
         """`begin` raised after step `number`: the step is a counted loss. It takes its number all the same, since ranks
@@ -96,23 +95,39 @@ class Steps:
         rows = scheduler_output.total_num_scheduled_tokens
         if rows > 0 and self._recorder.step_number == number:
             self._recorder.begin_step(rows)
+        self.number = self._recorder.step_number
         self.abort()
 
     def end(self, scheduler_output: Any) -> bool:
-        """Commit the step. True; a step that the recorder could not keep is counted there.
+        """Commit the step, whose rows are in the order of the runner's batch. True; a step that the recorder could not
+        keep is counted there.
 
         Raises:
             Exception: the rows cannot be told apart. The step is still open: `end_as_nobodys`.
         """
-        batch, positions, tokens = self._view(scheduler_output)
+        runner, scheduled = self._runner, scheduler_output.num_scheduled_tokens
+        batch = getattr(getattr(runner, "execute_model_state", None), "input_batch", None)
+        if batch is not None:  # the newer runner
+            source = batch
+        else:
+            batch, source = runner.input_batch, runner
+        positions = self._positions.of(source.positions)
         speculated = getattr(scheduler_output, "scheduled_spec_decode_tokens", None) or {}
-        runs = self._runs(batch, positions, scheduler_output, speculated)
+        requests, rows = batch.req_ids, scheduler_output.total_num_scheduled_tokens
+        number = batch.num_reqs
+        runs = self._execute(requests, number, scheduled, speculated, positions, rows)
+        if runs is None:
+            self._add_unknown(requests[:number])
+            runs = self._execute(requests, number, scheduled, speculated, positions, rows)
+            assert runs is not None
         drafts: dict[str, Drafts] = {}
         if speculated or self._fates:
-            drafts = self._follow_drafts(batch, positions, scheduler_output.num_scheduled_tokens, speculated)
+            drafts = self._follow_drafts(requests[:number], positions, scheduled, speculated)
+        tokens = _array(source.input_ids)[:rows] if "tokens" in self._recorder.fields else None
         if self._forward is not None:
-            runs, tokens = self._forward.cut(runs, tokens)
-        if self._recorder.end_step(runs, tokens=tokens):
+            of_rank, tokens = self._forward.cut(np.frombuffer(runs, RUN_DTYPE), tokens)
+            runs = of_rank.tobytes()
+        if self._recorder.end_step(runs, tokens):
             for request, of_request in drafts.items():
                 self._fates.executed(request, of_request)
         else:
@@ -145,45 +160,8 @@ class Steps:
             self.owners.forget()
         self._fates.missed()
 
-    # The runner's batch.
-
-    def _view(self, scheduler_output: Any) -> tuple[Any, npt.NDArray[Any], npt.NDArray[Any] | None]:
-        """The batch, whose requests are in the order of their rows; positions of the rows; and their token ids when
-        they are asked for."""
-        runner = self._runner
-        batch = getattr(getattr(runner, "execute_model_state", None), "input_batch", None)
-        if batch is not None:  # the newer runner
-            source = batch
-        else:
-            batch, source = runner.input_batch, runner
-        tokens = None
-        if "tokens" in self._recorder.fields:
-            tokens = _array(source.input_ids)[: scheduler_output.total_num_scheduled_tokens]
-        return batch, self._positions.of(source.positions), tokens
-
-    def _runs(
-        self, batch: Any, positions: npt.NDArray[Any], scheduler_output: Any, speculated: dict[str, Any]
-    ) -> npt.NDArray[np.void]:
-        step = (
-            batch.req_ids,
-            batch.num_reqs,
-            scheduler_output.num_scheduled_tokens,
-            speculated,
-            self._requests,
-            positions,
-            scheduler_output.total_num_scheduled_tokens,
-        )
-        runs = _C.attribute(*step)
-        if runs is None:  # some were there before recording began
-            for internal in batch.req_ids[: batch.num_reqs]:
-                if internal not in self._requests:
-                    self._add(internal, prompt=-1)
-            runs = _C.attribute(*step)
-            assert runs is not None
-        return runs
-
     def _follow_drafts(
-        self, batch: Any, positions: npt.NDArray[Any], scheduled: dict[str, int], speculated: dict[str, Any]
+        self, requests: list[str], positions: npt.NDArray[Any], scheduled: dict[str, int], speculated: dict[str, Any]
     ) -> dict[str, Drafts]:
         """The draft tokens of this step, the last ones of a request's rows. What it says of those before is told."""
         step = self._recorder.step_number
@@ -191,7 +169,7 @@ class Steps:
         kept = ((0, rows),) if self._forward is None else self._forward.kept
         drafts: dict[str, Drafts] = {}
         row = 0
-        for request in batch.req_ids[: batch.num_reqs]:
+        for request in requests:
             position, count = int(positions[row]), scheduled[request]
             row += count
             self._fates.continued(request, position)
@@ -264,6 +242,12 @@ class Steps:
             request.cached = [*noted, *new]
             self._recorder.request(request.name, cached=[list(span) for span in request.cached])
 
+    def _add_unknown(self, requests: Iterable[str]) -> None:
+        """Those that were there before recording began."""
+        for internal in requests:
+            if self._requests.get(internal) is None:
+                self._add(internal, prompt=-1)
+
     def _add(self, internal: str, prompt: int) -> Request:
         # A user may have two requests of one name under way: the second is recorded under vLLM's own name for it.
         name = external_id(internal)
@@ -271,11 +255,12 @@ class Steps:
             name = internal
         known = {} if prompt < 0 else {"prompt_len": prompt}
         request = Request(self._recorder.request(name, internal=internal, **known), prompt, name)
-        self._requests[internal], self._internal[name] = request, internal
+        self._internal[name] = internal
+        self._requests.add(internal, request)
         return request
 
     def _forget(self, internal: str) -> None:
-        request = self._requests.pop(internal, None)
+        request = self._requests.pop(internal)
         if request is None:
             return
         del self._internal[request.name]

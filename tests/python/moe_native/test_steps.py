@@ -47,7 +47,9 @@ class FakeRecorder:
             self.open_rows = rows
         return self.admit
 
-    def end_step(self, runs: np.ndarray, tokens: np.ndarray | None = None) -> bool:
+    def end_step(self, runs: np.ndarray | bytes, tokens: np.ndarray | None = None) -> bool:
+        if isinstance(runs, bytes):
+            runs = np.frombuffer(runs, RUN_DTYPE)
         assert runs.dtype == RUN_DTYPE
         if runs["count"].sum() != self.open_rows:
             raise ValueError("the runs do not cover the step's rows")
