@@ -80,7 +80,6 @@ class Handle {
     return get().steps().bind(layer, experts, k, enabled, every_step, logits_width);
   }
 
-  // 0 admitted, 1 refused, 2 paused
   // (rows, spans: None or a list of pairs) -> Begun, and kMessages where some wait to be taken
   py::object begin_step(Arguments arguments) {
     require_arguments(arguments, 2);
