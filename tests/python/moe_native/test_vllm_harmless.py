@@ -31,8 +31,9 @@ MODES: dict[str, dict[str, Any]] = {
 STEPS = "moe_native.vllm.steps:Steps"
 FAULTS = (
     [["disk"]]
-    + [[f"{STEPS}.{name}"] for name in ("begin", "end", "_view", "_follow_blocks", "sampled")]
+    + [[f"{STEPS}.{name}"] for name in ("begin", "end", "_follow_blocks", "sampled")]
     + [
+        ["moe_native.vllm.steps:_HostArray.of"],
         [f"{STEPS}.end", f"{STEPS}.abort"],
         ["moe_native.recorder:Recorder.begin_step"],
         ["moe_native.recorder:Recorder.end_step"],
