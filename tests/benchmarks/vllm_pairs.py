@@ -103,7 +103,7 @@ class Engine:
 def pair(arguments: argparse.Namespace, directory: Path, number: int) -> tuple[float, float]:
     """Seconds of a step without recording, and the median ratio of neighbouring turns."""
     traces = {"off": None, "on": None if arguments.null else str(directory / "trace")}
-    # The one that starts first is slower or faster by itself, so it is another one in each pair.
+    # The one that starts first may be slower or faster by itself, so it is another one in each pair.
     names = ["off", "on"] if number % 2 == 0 else ["on", "off"]
     started = {name: Engine(arguments, directory, name, traces[name]) for name in names}
     engines = [started["off"], started["on"]]
