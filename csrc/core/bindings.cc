@@ -34,6 +34,7 @@ int bind(StepRecorder& recorder, uint16_t layer, uint32_t experts, uint32_t row_
     b.layer = layer;
     b.experts = experts;
     b.enabled.store(enabled, std::memory_order_relaxed);
+    b.captured.store(false, std::memory_order_relaxed);
     b.every_step = every_step;
     b.logits_width = logits_width;
     b.step.store(0, std::memory_order_relaxed);

@@ -12,10 +12,11 @@ class StepRecorder;
 struct Binding {
   std::atomic<StepRecorder*> recorder{nullptr};  // null: free, or its recorder is closed
   uint16_t layer = 0;
-  uint32_t experts = 0;  // number of legal ids, fused shared experts included
-  std::atomic<bool> enabled{true};
-  bool every_step = true;     // a step without rows of this layer has lost them
-  uint32_t logits_width = 0;  // what has another width is not taken for logits; 0: any has
+  uint32_t experts = 0;               // number of legal ids, fused shared experts included
+  std::atomic<bool> enabled{true};    // the trace has this layer
+  std::atomic<bool> captured{false};  // captures want it
+  bool every_step = true;             // a step without rows of this layer has lost them
+  uint32_t logits_width = 0;          // what has another width is not taken for logits; 0: any has
 
   // The last step of which this router has seen rows, and how many of it. A model may call its router several times a
   // step: in chunks by one thread, or by threads that have a place each, for which `seen` is not used.

@@ -49,14 +49,30 @@ MappedFile MappedFile::create(const std::string& path, size_t bytes) {
     error = ::posix_fallocate(file.fd_, 0, static_cast<off_t>(bytes));
   } while (error == EINTR);
   if (error != 0) give_up(error, "no room for the ring in");
-  void* mapped = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.fd_, 0);
-  if (mapped == MAP_FAILED) give_up(errno, "cannot map");
-  file.data_ = static_cast<std::byte*>(mapped);
-  file.size_ = bytes;
-  populate(file.data_, bytes);
+  try {
+    file.map(bytes);
+  } catch (const std::system_error&) {
+    ::unlink(path.c_str());
+    throw;
+  }
+  return file;
+}
+
+MappedFile MappedFile::nameless(size_t bytes) {
+  MappedFile file;
+  file.map(bytes);
+  return file;
+}
+
+void MappedFile::map(size_t bytes) {
+  const int anonymous = fd_ < 0 ? MAP_ANONYMOUS : 0;
+  void* mapped = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | anonymous, fd_, 0);
+  if (mapped == MAP_FAILED) fail(errno, path_.empty() ? "cannot map memory for the ring" : "cannot map " + path_);
+  data_ = static_cast<std::byte*>(mapped);
+  size_ = bytes;
+  populate(data_, bytes);
   // A forked child must not be able to write into its parent's ring.
   ::madvise(mapped, bytes, MADV_DONTFORK);
-  return file;
 }
 
 MappedFile::MappedFile(MappedFile&& other) noexcept { *this = std::move(other); }

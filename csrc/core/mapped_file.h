@@ -1,4 +1,5 @@
-// A file mapped shared and writable, fully allocated and populated, and locked for as long as this process lives.
+// Memory mapped shared and writable, fully allocated and populated: a file that is locked for as long as this process
+// lives, or one without a name.
 #pragma once
 
 #include <cstddef>
@@ -11,6 +12,8 @@ class MappedFile {
   MappedFile() = default;
   // Makes the file (it must not exist), mode 0600. Throws std::system_error.
   static MappedFile create(const std::string& path, size_t bytes);
+  // Nobody else finds it, and the kernel takes it back when the process ends. Throws std::system_error.
+  static MappedFile nameless(size_t bytes);
 
   MappedFile(MappedFile&& other) noexcept;
   MappedFile& operator=(MappedFile&& other) noexcept;
@@ -24,6 +27,7 @@ class MappedFile {
   void unlink() noexcept;
 
  private:
+  void map(size_t bytes);
   void reset() noexcept;
 
   std::string path_;

@@ -44,7 +44,9 @@ Ring::Ring(const RingOptions& options) {
   const uint64_t arena = (options.bytes - fixed) / options.lanes / kPage * kPage;
   const uint64_t bytes = fixed + arena * options.lanes;
 
-  if (!options.directory.empty()) {
+  if (options.rank_directory.empty()) {
+    file_ = MappedFile::nameless(bytes);  // nothing in it is anybody's after this process
+  } else if (!options.directory.empty()) {
     file_ = MappedFile::create(ring_path(options.directory), bytes);
   } else {
     try {

@@ -13,7 +13,7 @@ namespace moe_native {
 
 struct RingOptions {
   std::string directory;       // where to put it; empty: /dev/shm, else `rank_directory`
-  std::string rank_directory;  // of the trace it belongs to
+  std::string rank_directory;  // of the trace it belongs to; empty: of none, and then the ring has no file
   uint64_t bytes = 64u << 20;  // of the whole file
   uint32_t lanes = 1;
 };
@@ -29,7 +29,7 @@ class Ring {
   explicit Ring(const RingOptions& options);  // throws std::system_error, std::invalid_argument
 
   uint64_t id() const { return header_->ring_id; }
-  const std::string& path() const { return file_.path(); }
+  const std::string& path() const { return file_.path(); }  // empty without a file
   uint32_t lanes() const { return header_->lanes; }
   LaneMemory lane(uint32_t index) const;
   bool fell_back() const { return fell_back_; }  // tmpfs had no room: the ring lies on the trace's disk

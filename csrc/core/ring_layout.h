@@ -87,11 +87,18 @@ constexpr uint64_t make_word(uint64_t sequence, RecordState state) {
   return sequence << 2 | static_cast<uint64_t>(state);
 }
 
-enum class RecordKind : uint8_t { kLayer = 1, kStep = 2 };
+// kRows: whose rows the open step will have, for captures.
+enum class RecordKind : uint8_t { kLayer = 1, kStep = 2, kRows = 3 };
 
-inline constexpr uint32_t kStepAborted = 1;   // Descriptor::flags of a step record
-inline constexpr uint32_t kStepStreamed = 2;  // of a layer record: its step is larger than the ring holds at once
-inline constexpr uint32_t kStepCounted = 4;   // of a layer record: no row of its step is stored, all are counted
+// Descriptor::flags.
+inline constexpr uint32_t kStepAborted = 1;       // of a step record
+inline constexpr uint32_t kStepStreamed = 2;      // of a layer record: its step is larger than the ring holds at once
+inline constexpr uint32_t kStepCounted = 4;       // of a layer record: no row of its step is stored, all are counted
+inline constexpr uint32_t kCaptured = 8;          // of a layer record: its rows are for captures as well
+inline constexpr uint32_t kCapturedOnly = 16;     // of either: the trace does not have it
+inline constexpr uint32_t kCapturedWeights = 32;  // of a layer record: the trace does not have this column
+inline constexpr uint32_t kCapturedLogits = 64;
+inline constexpr uint32_t kCapturedHidden = 128;
 
 struct Descriptor {
   std::atomic<uint64_t> word;

@@ -99,6 +99,18 @@ void StepRecorder::configure(uint32_t fields, bool counted) noexcept {
 
 void StepRecorder::enable(Binding& b, bool enabled) noexcept { b.enabled.store(enabled, std::memory_order_relaxed); }
 
+void StepRecorder::capture(uint32_t fields) noexcept { captured_fields_ = fields == 0 ? 0 : fields | kFieldIds; }
+
+void StepRecorder::want(Binding& b, bool wanted) noexcept { b.captured.store(wanted, std::memory_order_relaxed); }
+
+uint32_t StepRecorder::traced(const Binding& b) const noexcept {
+  return traced_ && b.enabled.load(std::memory_order_relaxed) ? fields_ | kFieldIds : 0;
+}
+
+uint32_t StepRecorder::captured(const Binding& b) const noexcept {
+  return b.captured.load(std::memory_order_relaxed) ? captured_fields_ : 0;
+}
+
 Begun StepRecorder::begin_step(std::span<const RowSpan> spans) noexcept {
   if (step_open()) return Begun::kNested;
   try {
@@ -123,15 +135,16 @@ Begun StepRecorder::begin_placed_step(int64_t rows) noexcept {
 // alike.
 Begun StepRecorder::begin(int64_t rows) noexcept {
   if (closed_.load(std::memory_order_relaxed)) return Begun::kPaused;
-  if (paused()) {
-    ++next_step_;
+  traced_ = !paused();
+  const uint64_t step = next_step_++;
+  if (traced_) {
+    ring_.add(kStepsBegun, 1);
+  } else {
     ring_.lose(Loss::kPaused, 1, 0, static_cast<uint64_t>(rows));
-    return Begun::kPaused;
+    if (captured_fields_ == 0) return Begun::kPaused;
   }
   step_rows_ = rows;
   step_time_ns_ = unix_time_ns();
-  const uint64_t step = next_step_++;
-  ring_.add(kStepsBegun, 1);
   if (!admit()) {
     lose_step(Loss::kRingFull);
     return Begun::kRefused;
@@ -139,7 +152,29 @@ Begun StepRecorder::begin(int64_t rows) noexcept {
   failed_.store(-1, std::memory_order_relaxed);
   claimed_lanes_.store(0, std::memory_order_relaxed);
   open_step_.store(step + 1, std::memory_order_release);
-  return Begun::kAdmitted;
+  return traced_ ? Begun::kAdmitted : Begun::kCaptured;
+}
+
+// Nothing is lost without it, so it does not wait.
+void StepRecorder::announce(std::span<const Run> runs) noexcept {
+  if (!step_open() || captured_fields_ == 0) return;
+  LaneProducer& lane = lanes_[0].producer;
+  if (runs.size_bytes() > lane.capacity() / 4) return;
+  Descriptor* d = lane.reserve(runs.size_bytes());
+  if (d == nullptr) return;
+  d->step = open_step_.load(std::memory_order_relaxed) - 1;
+  d->kind = RecordKind::kRows;
+  d->ids_dtype = d->weights_dtype = d->logits_dtype = d->hidden_dtype = DType::kNone;
+  d->layer = 0;
+  d->tokens = 0;
+  d->rows = d->step_rows = static_cast<uint32_t>(step_rows_);
+  d->first_row = d->k = d->logits_width = d->hidden_width = d->invalid_ids = 0;
+  d->runs = static_cast<uint32_t>(runs.size());
+  d->notes = d->notes_bytes = 0;
+  d->flags = kCapturedOnly;
+  d->time_ns = step_time_ns_;
+  if (!runs.empty()) std::memcpy(lane.payload(*d), runs.data(), runs.size_bytes());
+  lane.commit(*d);
 }
 
 void StepRecorder::place(std::span<const Place> places) noexcept {
@@ -170,16 +205,17 @@ bool StepRecorder::admit() noexcept {
   uint64_t bytes = kTableBytes + rows * kTableBytesPerRow;
   uint64_t largest = bytes;
   enabled_layers_ = 0;
+  uint64_t records = 1;
   for (const Binding* b : bindings_) {
-    if (!b->enabled.load(std::memory_order_relaxed)) continue;
-    ++enabled_layers_;
+    if (traced(*b) != 0) ++enabled_layers_;
+    if ((traced(*b) | captured(*b)) == 0) continue;
+    ++records;
     const uint64_t record = rows * b->row_bytes.load(std::memory_order_relaxed) + 4 * kAlign;
     bytes += record;
     largest = std::max(largest, record);
   }
   bytes += largest;  // what a wrap of the arena may leave unused
   const LaneProducer& lane = lanes_[0].producer;
-  const uint64_t records = enabled_layers_ + 1;
   streamed_ = bytes > lane.capacity() / 2 || records > lane.descriptor_count() / 2;
   if (streamed_) return true;  // it will be written out while it is still open
 
@@ -187,7 +223,7 @@ bool StepRecorder::admit() noexcept {
     return std::ranges::all_of(lanes_, [&](Lane& l) { return l.producer.admits(records, bytes); });
   };
   if (fits()) return true;
-  if (overflow_ == Overflow::kDrop) return false;
+  if (!blocks()) return false;
   const int64_t start = monotonic_ns();
   while (!fits() && !closed_.load(std::memory_order_relaxed)) sleep_ns(kRetryNs);
   ring_.add(kBlockedNs, static_cast<uint64_t>(monotonic_ns() - start));
@@ -203,19 +239,19 @@ int StepRecorder::claim_lane(uint64_t step) noexcept {
   return claim.lane;
 }
 
-const char* StepRecorder::unusable(const LayerInput& in) const noexcept {
+const char* StepRecorder::unusable(const LayerInput& in, uint32_t fields) noexcept {
   if (!is_id(in.ids.dtype)) return "expert ids must be int32, int64, uint16 or uint32";
   if (in.ids.width < 1 || in.ids.width > 0xFFFF) return "expert ids must be a tensor of [rows, k]";
   const auto bad_rows = [&](const RowsView& view) { return view.rows != in.ids.rows || view.width < 1; };
-  if ((fields_ & kFieldWeights) != 0) {
+  if ((fields & kFieldWeights) != 0) {
     if (!is_floating(in.weights.dtype)) return "weights must be float32, float16 or bfloat16";
     if (bad_rows(in.weights) || in.weights.width != in.ids.width) return "weights must have the shape of the ids";
   }
-  if ((fields_ & kFieldLogits) != 0 && in.logits.data != nullptr) {
+  if ((fields & kFieldLogits) != 0 && in.logits.data != nullptr) {
     if (!is_floating(in.logits.dtype)) return "router logits must be float32, float16 or bfloat16";
     if (bad_rows(in.logits)) return "router logits must be a tensor of [rows, experts], with as many rows as the ids";
   }
-  if ((fields_ & kFieldHidden) != 0 && in.hidden.data != nullptr) {
+  if ((fields & kFieldHidden) != 0 && in.hidden.data != nullptr) {
     if (!is_floating(in.hidden.dtype)) return "hidden states must be float32, float16 or bfloat16";
     if (bad_rows(in.hidden)) return "hidden states must be a tensor of [rows, width], with as many rows as the ids";
   }
@@ -233,10 +269,12 @@ void StepRecorder::complain(Binding& b, const char* problem) noexcept {
 
 void StepRecorder::record(Binding& b, LayerInput in) noexcept {
   const uint64_t step = open_step_.load(std::memory_order_acquire);
-  if (step == 0 || !b.enabled.load(std::memory_order_relaxed)) return;
+  if (step == 0) return;
+  const uint32_t kept = traced(b), wanted = captured(b), fields = kept | wanted;
+  if (fields == 0) return;
   if (failed_.load(std::memory_order_relaxed) >= 0) return;
   if (b.logits_width != 0 && in.logits.width != 0 && in.logits.width != b.logits_width) in.logits.data = nullptr;
-  if (const char* problem = unusable(in)) {
+  if (const char* problem = unusable(in, fields)) {
     b.step.store(step,
                  std::memory_order_relaxed);  // where further chunks of this layer would lie is not known any more
     if (!placed_) b.seen = std::numeric_limits<int64_t>::max() / 2;
@@ -284,12 +322,12 @@ void StepRecorder::record(Binding& b, LayerInput in) noexcept {
   Descriptor shape{};
   shape.ids_dtype = id_dtype_for(b.experts);
   shape.k = static_cast<uint32_t>(in.ids.width);
-  if ((fields_ & kFieldWeights) != 0) shape.weights_dtype = in.weights.dtype;
-  if ((fields_ & kFieldLogits) != 0 && in.logits.data != nullptr) {
+  if ((fields & kFieldWeights) != 0) shape.weights_dtype = in.weights.dtype;
+  if ((fields & kFieldLogits) != 0 && in.logits.data != nullptr) {
     shape.logits_dtype = in.logits.dtype;
     shape.logits_width = static_cast<uint32_t>(in.logits.width);
   }
-  if ((fields_ & kFieldHidden) != 0 && in.hidden.data != nullptr) {
+  if ((fields & kFieldHidden) != 0 && in.hidden.data != nullptr) {
     shape.hidden_dtype = in.hidden.dtype;
     shape.hidden_width = static_cast<uint32_t>(in.hidden.width);
   }
@@ -297,6 +335,14 @@ void StepRecorder::record(Binding& b, LayerInput in) noexcept {
                                                shape.logits_width * size_of(shape.logits_dtype) +
                                                shape.hidden_width * size_of(shape.hidden_dtype));
   b.row_bytes.store(row_bytes, std::memory_order_relaxed);
+  uint32_t flags = counted_ ? kStepCounted : 0;
+  if (wanted != 0) flags |= kCaptured;
+  if (kept == 0) {
+    flags |= kCapturedOnly;
+  } else if (const uint32_t more = wanted & ~kept; more != 0) {
+    flags |= (more & kFieldWeights ? kCapturedWeights : 0) | (more & kFieldLogits ? kCapturedLogits : 0) |
+             (more & kFieldHidden ? kCapturedHidden : 0);
+  }
 
   // One record, unless it would take more than a quarter of the arena.
   const int64_t most = std::max<int64_t>(1, static_cast<int64_t>((lane.capacity() / 4 - 4 * kAlign) / row_bytes));
@@ -321,7 +367,7 @@ void StepRecorder::record(Binding& b, LayerInput in) noexcept {
     d->logits_width = shape.logits_width;
     d->hidden_width = shape.hidden_width;
     d->runs = d->notes = d->notes_bytes = 0;
-    d->flags = (streamed_ ? kStepStreamed : 0) | (counted_ ? kStepCounted : 0);
+    d->flags = flags | (streamed_ ? kStepStreamed : 0);
     d->time_ns = step_time_ns_;
 
     std::byte* out = lane.payload(*d);
@@ -363,8 +409,7 @@ Descriptor* StepRecorder::wait_for_room(LaneProducer& lane, uint64_t bytes) noex
     sleep_ns(kRetryNs);
     d = lane.reserve(bytes);
     waited = monotonic_ns() - start;
-  } while (d == nullptr && (overflow_ == Overflow::kBlock || waited < kStallLimitNs) &&
-           !closed_.load(std::memory_order_relaxed));
+  } while (d == nullptr && (blocks() || waited < kStallLimitNs) && !closed_.load(std::memory_order_relaxed));
   ring_.add(kBlockedNs, static_cast<uint64_t>(waited));
   return d;
 }
@@ -413,7 +458,7 @@ void StepRecorder::close_step(uint64_t step, const StepTable* table) noexcept {
   d->rows = d->step_rows = static_cast<uint32_t>(step_rows_);
   d->first_row = d->k = d->logits_width = d->hidden_width = d->invalid_ids = 0;
   d->time_ns = step_time_ns_;
-  d->flags = whole ? 0 : kStepAborted;
+  d->flags = (whole ? 0 : kStepAborted) | (traced_ ? 0 : kCapturedOnly);
   d->tokens = whole && !table->tokens.empty() ? 1 : 0;
   d->runs = whole ? static_cast<uint32_t>(table->runs.size()) : 0;
   d->notes = whole ? table->note_count : 0;
@@ -426,6 +471,7 @@ void StepRecorder::close_step(uint64_t step, const StepTable* table) noexcept {
   }
   lane.commit(*d);
   if (whole) {
+    if (!traced_) return;
     ring_.add(kStepsCommitted, 1);
     count_silent_layers(step + 1);
   } else {
@@ -446,6 +492,7 @@ void StepRecorder::count_silent_layers(uint64_t step) noexcept {
 }
 
 void StepRecorder::lose_step(Loss cause) noexcept {
+  if (!traced_) return;  // counted as paused
   ring_.lose(cause, 1, enabled_layers_, static_cast<uint64_t>(step_rows_));
 }
 

@@ -1,6 +1,7 @@
 // The producer's side of a recorder: the step protocol.
 //
 //   begin_step   admits the whole step, or refuses it and counts it
+//   announce     whose rows they will be, where captures are told early
 //   place        where this thread's calls find the step's rows, where begin_step could not know
 //   record       one layer's rows, called from the op; does nothing outside an open step
 //   end_step     says whose rows they were and commits the step
@@ -65,7 +66,8 @@ struct StepTable {
   uint32_t note_count = 0;
 };
 
-enum class Begun { kAdmitted, kRefused, kPaused, kNested };
+// kCaptured: admitted, for captures alone; the trace is paused.
+enum class Begun { kAdmitted, kRefused, kPaused, kNested, kCaptured };
 
 class StepRecorder {
  public:
@@ -85,6 +87,9 @@ class StepRecorder {
   // As above, for `rows` rows that each thread finds by its places. A call of a thread without a fitting one is counted
   // as bad input.
   Begun begin_placed_step(int64_t rows) noexcept;
+  // Whose rows the open step will have: before its first layer, by the thread that began it. Then captures take each
+  // layer as it comes, and not all of them when the step ends.
+  void announce(std::span<const Run> runs) noexcept;
   // The places of this thread in the open step, at most kMostPlaces; what it has been told before is forgotten.
   void place(std::span<const Place> places) noexcept;
   // The open step has only so many rows, as is known before its first layer.
@@ -96,15 +101,19 @@ class StepRecorder {
   // For good. By any thread, at any time; an open step is lost and counted.
   void close() noexcept;
 
-  // Both by the thread that begins steps, while none is open. `counted`: no row of the next steps will be stored.
+  // These by the thread that begins steps, while none is open. `counted`: no row of the next steps will be stored.
   void configure(uint32_t fields, bool counted) noexcept;
   void enable(Binding& binding, bool enabled) noexcept;
+  // What captures want of the next steps, whatever the trace has of them; 0: nothing. Meanwhile no step is dropped.
+  void capture(uint32_t fields) noexcept;
+  void want(Binding& binding, bool wanted) noexcept;
 
   bool step_open() const noexcept { return open_step_.load(std::memory_order_acquire) != 0; }
   int64_t step_rows() const noexcept { return step_rows_; }
-  uint32_t fields() const noexcept { return fields_; }  // of the open step
+  uint32_t fields() const noexcept { return fields_ | captured_fields_; }  // of the open step
+  bool blocks() const noexcept { return overflow_ == Overflow::kBlock || captured_fields_ != 0; }
   // Whether a record of the open step may have to wait for room.
-  bool may_wait() const noexcept { return streamed_ || overflow_ == Overflow::kBlock; }
+  bool may_wait() const noexcept { return streamed_ || blocks(); }
   // Of the open step, or of the one begun last; -1 before the first.
   int64_t step_number() const noexcept { return static_cast<int64_t>(next_step_) - 1; }
   // By any thread; from the next step on. The steps that are not recorded are counted.
@@ -119,7 +128,10 @@ class StepRecorder {
   Begun begin(int64_t rows) noexcept;
   bool admit() noexcept;
   int claim_lane(uint64_t step) noexcept;
-  const char* unusable(const LayerInput& input) const noexcept;
+  // The fields of a layer that the trace has of the open step, and those that captures want; 0: not this layer.
+  uint32_t traced(const Binding& binding) const noexcept;
+  uint32_t captured(const Binding& binding) const noexcept;
+  static const char* unusable(const LayerInput& input, uint32_t fields) noexcept;
   [[gnu::cold]] void complain(Binding& binding, const char* problem) noexcept;
   const Place* placed(uint64_t step, int64_t tensor_rows) const noexcept;
   Descriptor* reserve(LaneProducer& lane, uint64_t bytes) noexcept;
@@ -135,6 +147,7 @@ class StepRecorder {
   std::vector<Lane> lanes_;
   std::vector<Binding*> bindings_;
   uint32_t fields_;
+  uint32_t captured_fields_ = 0;
   bool counted_ = false;
   std::atomic<bool> paused_{false};
   std::atomic<bool> closed_{false};
@@ -147,8 +160,9 @@ class StepRecorder {
   uint64_t next_step_ = 0;
   int64_t step_rows_ = 0;
   int64_t step_time_ns_ = 0;
-  uint32_t enabled_layers_ = 0;
+  uint32_t enabled_layers_ = 0;  // of the trace
   bool streamed_ = false;
+  bool traced_ = true;  // else it is for captures alone
   std::vector<RowSpan> spans_;
   bool placed_ = false;  // the step's rows are where each thread's places say
 };

@@ -7,6 +7,7 @@
 
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -57,8 +58,7 @@ class Handle {
  public:
   Handle(const std::string& trace, const std::string& rank_directory, const py::bytes& run_id,
          const std::string& ring_directory, uint64_t ring_bytes, uint32_t lanes, bool block, uint32_t fields,
-         bool exact_weights, uint64_t segment_bytes, uint64_t max_bytes, double flush_seconds)
-      : blocks_(block) {
+         bool exact_weights, uint64_t segment_bytes, uint64_t max_bytes, double flush_seconds) {
     RecordingOptions options;
     options.ring = {ring_directory, rank_directory, ring_bytes, lanes};
     const std::string id = run_id;
@@ -94,7 +94,7 @@ class Handle {
     const auto spans = given.empty() ? std::span(&first, 1) : std::span<const RowSpan>(given);
     const auto begin = [&] { return placed ? steps.begin_placed_step(rows) : steps.begin_step(spans); };
     Begun begun;
-    if (blocks_) {  // it may wait, and other Python threads should not
+    if (steps.blocks()) {  // it may wait, and other Python threads should not
       const py::gil_scoped_release release;
       begun = begin();
     } else {
@@ -102,6 +102,10 @@ class Handle {
     }
     if (begun == Begun::kNested) throw std::runtime_error("a step is open already: end it before the next one begins");
     return py::int_(static_cast<int>(begun) | (recording_->messages().pending() ? kMessages : 0));
+  }
+
+  void announce(const py::bytes& runs) {
+    if (usable()) recording_->steps().announce(array_of<Run>(runs.ptr()));
   }
 
   void place(const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>>& places) {
@@ -140,7 +144,7 @@ class Handle {
     }
     table.notes = array_of<std::byte>(arguments[2]);
     table.note_count = static_cast<uint32_t>(whole_number(arguments[3]));
-    if (!blocks_) return py::bool_(steps.end_step(table));
+    if (!steps.blocks()) return py::bool_(steps.end_step(table));
     bool kept;
     {
       const py::gil_scoped_release release;
@@ -162,6 +166,37 @@ class Handle {
   void enable(int index, bool enabled) {
     Binding* b = binding(index);
     if (usable() && b != nullptr) recording_->steps().enable(*b, enabled);
+  }
+  void capture(uint32_t fields) {
+    if (usable()) recording_->steps().capture(fields);
+  }
+  void want(int index, bool wanted) {
+    Binding* b = binding(index);
+    if (usable() && b != nullptr) recording_->steps().want(*b, wanted);
+  }
+  py::tuple open_capture(uint32_t fields, std::optional<std::vector<uint16_t>> layers) {
+    const Captures::Opened opened = get().drain().captures().open({fields, std::move(layers)});
+    return py::make_tuple(opened.number, opened.fd);
+  }
+  void add_captured(uint64_t number, uint32_t request, uint32_t sample, uint32_t child, uint32_t capacity) {
+    const py::gil_scoped_release release;
+    get().drain().captures().add(number, request, sample, child, capacity);
+  }
+  py::tuple close_capture(uint64_t number) {
+    Captures::Closed closed;
+    {
+      const py::gil_scoped_release release;
+      closed = get().drain().captures().close(number);
+    }
+    return py::make_tuple(closed.index, closed.bytes, closed.problem);
+  }
+  std::vector<uint64_t> captures() {
+    return usable() ? recording_->drain().captures().numbers() : std::vector<uint64_t>{};
+  }
+  bool catch_up(double seconds) {
+    if (!usable()) return false;
+    const py::gil_scoped_release release;
+    return recording_->drain().catch_up(seconds);
   }
   void set_metadata(const std::string& json) {
     if (usable()) recording_->drain().set_metadata(json);
@@ -225,7 +260,6 @@ class Handle {
   }
 
   std::unique_ptr<Recording> recording_;
-  const bool blocks_;
 };
 
 }  // namespace
@@ -244,10 +278,19 @@ PYBIND11_MODULE(_C, m) {
       .def("place", &Handle::place, py::arg("places"))
       .def("narrow", &Handle::narrow, py::arg("rows"))
       .def_property_readonly("end_step", &bound<Handle, &Handle::end_step>)
+      .def("announce", &Handle::announce, py::arg("runs"))
       .def("abort_step", &Handle::abort_step)
       .def("pause", &Handle::pause)
       .def("configure", &Handle::configure, py::arg("fields"), py::arg("counted"))
       .def("enable", &Handle::enable, py::arg("binding"), py::arg("enabled"))
+      .def("capture", &Handle::capture, py::arg("fields"))
+      .def("want", &Handle::want, py::arg("binding"), py::arg("wanted"))
+      .def("open_capture", &Handle::open_capture, py::arg("fields"), py::arg("layers"))
+      .def("add_captured", &Handle::add_captured, py::arg("number"), py::arg("request"), py::arg("sample"),
+           py::arg("child"), py::arg("capacity"))
+      .def("close_capture", &Handle::close_capture, py::arg("number"))
+      .def("captures", &Handle::captures)
+      .def("catch_up", &Handle::catch_up, py::arg("seconds"))
       .def("set_metadata", &Handle::set_metadata)
       .def("flush", &Handle::flush, py::arg("seconds"))
       .def("close", &Handle::close)
@@ -268,6 +311,7 @@ PYBIND11_MODULE(_C, m) {
     }
   });
   m.attr("ADMITTED") = static_cast<int>(Begun::kAdmitted);
+  m.attr("CAPTURED") = static_cast<int>(Begun::kCaptured);
   m.attr("MESSAGES") = kMessages;
   define_direct(m);
   define_request_rows(m);

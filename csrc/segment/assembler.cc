@@ -6,9 +6,28 @@
 
 namespace moe_native {
 
-Assembler::Assembler(const Ring& ring) : ring_(ring) {
+namespace {
+
+// What the trace has of it.
+Piece of_trace(Piece piece, uint32_t flags) {
+  const auto leave_out = [&](uint32_t flag, DType& dtype, const std::byte*& column, uint32_t* width) {
+    if ((flags & flag) == 0) return;
+    dtype = DType::kNone;
+    column = nullptr;
+    if (width != nullptr) *width = 0;
+  };
+  leave_out(kCapturedWeights, piece.shape.weights_dtype, piece.weights, nullptr);
+  leave_out(kCapturedLogits, piece.shape.logits_dtype, piece.logits, &piece.shape.logits_width);
+  leave_out(kCapturedHidden, piece.shape.hidden_dtype, piece.hidden, &piece.shape.hidden_width);
+  return piece;
+}
+
+}  // namespace
+
+Assembler::Assembler(const Ring& ring, Captures& captures) : ring_(ring), captures_(captures) {
   for (uint32_t i = 0; i < ring.lanes(); ++i) lanes_.emplace_back(ring.lane(i));
   released_.resize(lanes_.size());
+  complete_.resize(lanes_.size());
 }
 
 bool Assembler::poll() {
@@ -24,14 +43,23 @@ bool Assembler::poll() {
       take_layer(first, *d);
       continue;
     }
+    if (d->kind == RecordKind::kRows) {
+      if (!has_open_ || open_.number != d->step) start(d->step);
+      const auto* runs = reinterpret_cast<const Run*>(first.payload(*d));
+      open_.announced.assign(runs, runs + d->runs);
+      first.take();
+      continue;
+    }
     // The other lanes' records of this step were committed before its step record, so they are there.
     poll_side_lanes(d->step);
     if (!has_open_ || open_.number != d->step) start(d->step);  // before take(): an older step ends in front of it
     first.take();
-    complete(*d, first.payload(*d));
+    finish(*d, first.payload(*d));
+    complete_ = positions();
   }
   // A streamed step needs its room back while it is open, in every lane.
   if (has_open_ && open_streamed_) took |= poll_side_lanes(open_.number);
+  if (has_open_ && !open_.announced.empty()) hand_over(open_.announced);
   return took;
 }
 
@@ -79,7 +107,8 @@ void Assembler::take_layer(LaneConsumer& lane, const Descriptor& d) {
   if (d.weights_dtype != DType::kNone) piece.weights = payload + at.weights;
   if (d.logits_dtype != DType::kNone) piece.logits = payload + at.logits;
   if (d.hidden_dtype != DType::kNone) piece.hidden = payload + at.hidden;
-  open_.pieces.push_back(piece);
+  if ((d.flags & kCaptured) != 0) open_.captured.push_back(piece);
+  if ((d.flags & kCapturedOnly) == 0) open_.pieces.push_back(of_trace(piece, d.flags));
   open_.rows = d.step_rows;
   open_.time_ns = d.time_ns;
   open_.bytes += at.bytes + sizeof(Descriptor);
@@ -89,8 +118,18 @@ void Assembler::take_layer(LaneConsumer& lane, const Descriptor& d) {
   lane.take();
 }
 
-void Assembler::complete(const Descriptor& d, const std::byte* payload) {
+void Assembler::finish(const Descriptor& d, const std::byte* payload) {
   has_open_ = false;
+  const StepParts at = step_parts(d.runs, d.tokens != 0, d.rows, d.notes_bytes);
+  const std::span<const Run> runs(reinterpret_cast<const Run*>(payload), d.runs);
+  if ((d.flags & kStepAborted) == 0) hand_over(runs);
+  open_.captured.clear();
+  open_.kept.clear();
+  open_.captured_in_kept = 0;
+  if ((d.flags & kCapturedOnly) != 0) {  // for the trace it does not exist
+    open_ = StepData{};
+    return;
+  }
   if (open_.lost && (d.flags & kStepAborted) == 0) ring_.lose(Loss::kIoError, 1, 0, d.rows);
   if (open_.lost || (d.flags & kStepAborted) != 0) {
     // Counted by the producer. Only fragments that are in the file already have to be taken back.
@@ -101,10 +140,9 @@ void Assembler::complete(const Descriptor& d, const std::byte* payload) {
     open_.aborted = true;
     open_.pieces.clear();
   } else {
-    const StepParts at = step_parts(d.runs, d.tokens != 0, d.rows, d.notes_bytes);
     open_.rows = d.rows;
     open_.time_ns = d.time_ns;
-    open_.runs = {reinterpret_cast<const Run*>(payload), d.runs};
+    open_.runs = runs;
     if (d.tokens != 0) open_.tokens = payload + at.tokens;
     open_.notes = {payload + at.notes, d.notes_bytes};
     open_.bytes += at.bytes + sizeof(Descriptor);
@@ -112,6 +150,30 @@ void Assembler::complete(const Descriptor& d, const std::byte* payload) {
   }
   open_.end = positions();
   ready_.push_back(std::exchange(open_, StepData{}));
+}
+
+void Assembler::hand_over(std::span<const Run> runs) {
+  if (open_.captured.empty()) return;
+  captures_.take(runs, open_.captured);
+  open_.captured.clear();
+  open_.kept.clear();
+  open_.captured_in_kept = 0;
+}
+
+void Assembler::keep_captured() {
+  for (size_t i = open_.captured_in_kept; i < open_.captured.size(); ++i) {
+    Piece& piece = open_.captured[i];
+    const auto copy = [&](const std::byte*& column, DType dtype, uint64_t width) {
+      if (column == nullptr) return;
+      open_.kept.emplace_back(column, column + piece.rows * width * size_of(dtype));
+      column = open_.kept.back().data();
+    };
+    copy(piece.ids, piece.shape.ids_dtype, piece.shape.k);
+    copy(piece.weights, piece.shape.weights_dtype, piece.shape.k);
+    copy(piece.logits, piece.shape.logits_dtype, piece.shape.logits_width);
+    copy(piece.hidden, piece.shape.hidden_dtype, piece.shape.hidden_width);
+    open_.captured_in_kept = i + 1;
+  }
 }
 
 // All layers of a block have the same rows, so a layer that lacks some of the step's rows, or changes its shape within
@@ -168,6 +230,9 @@ void Assembler::give_up() noexcept {
   }
   ready_.clear();
   lose_open();
+  open_.captured.clear();
+  open_.kept.clear();
+  open_.captured_in_kept = 0;
   for (size_t i = 0; i < lanes_.size(); ++i) {
     released_[i] = lanes_[i].position();
     lanes_[i].release(released_[i]);
@@ -175,7 +240,10 @@ void Assembler::give_up() noexcept {
 }
 
 void Assembler::release(const std::vector<LaneConsumer::Position>& end) {
-  for (size_t i = 0; i < lanes_.size(); ++i) lanes_[i].release(end[i]);
+  for (size_t i = 0; i < lanes_.size(); ++i) {
+    lanes_[i].release(end[i]);
+    if (complete_[i].sequence < end[i].sequence) complete_[i] = end[i];
+  }
   released_ = end;
 }
 

@@ -1,10 +1,11 @@
 // From records to steps: takes what the producers have committed, in order, and joins layer records with the record of
-// their step.
+// their step. What captures want goes to them as soon as it is known whose it is.
 #pragma once
 
 #include <deque>
 #include <vector>
 
+#include "capture/captures.h"
 #include "core/lane.h"
 #include "core/ring.h"
 #include "segment/step_data.h"
@@ -13,7 +14,7 @@ namespace moe_native {
 
 class Assembler {
  public:
-  explicit Assembler(const Ring& ring);
+  Assembler(const Ring& ring, Captures& captures);
 
   // Takes everything that is committed now; complete steps are appended to ready(). False when there was nothing.
   bool poll();
@@ -23,6 +24,10 @@ class Assembler {
   StepData& open() { return open_; }
   bool open_is_streamed() const { return has_open_ && open_streamed_; }
   std::vector<LaneConsumer::Position> positions() const;
+  // Behind the last step whose record came.
+  const std::vector<LaneConsumer::Position>& complete() const { return complete_; }
+  // Copies out of the ring what captures want of the open step.
+  void keep_captured();
 
   // Gives the records up to `end` back to the producers: they are in the segment file, or given up.
   void release(const std::vector<LaneConsumer::Position>& end);
@@ -36,13 +41,16 @@ class Assembler {
  private:
   bool poll_side_lanes(uint64_t last_step);
   void take_layer(LaneConsumer& lane, const Descriptor& d);
-  void complete(const Descriptor& d, const std::byte* payload);
+  void finish(const Descriptor& d, const std::byte* payload);
+  void hand_over(std::span<const Run> runs);
   void drop_incomplete_layers();
   void start(uint64_t step);
 
   const Ring& ring_;
+  Captures& captures_;
   std::vector<LaneConsumer> lanes_;
   std::vector<LaneConsumer::Position> released_;
+  std::vector<LaneConsumer::Position> complete_;
   std::deque<StepData> ready_;
   StepData open_;
   bool has_open_ = false;

@@ -56,7 +56,7 @@ Drain::Drain(const Ring& ring, DrainOptions options, Messages& messages)
     : ring_(ring),
       options_(std::move(options)),
       messages_(messages),
-      assembler_(ring),
+      assembler_(ring, captures_),
       builder_(options_.exact_weights),
       thread_([this] { run(); }) {}
 
@@ -74,6 +74,15 @@ bool Drain::flush(double seconds) {
   wake_.notify_one();
   const std::chrono::duration<double> limit(std::min(seconds, 1e9));  // more would overflow the clock
   return done_.wait_for(lock, limit, [&] { return flush_done_ >= wanted; }) && flush_whole_;
+}
+
+bool Drain::catch_up(double seconds) {
+  std::unique_lock lock(mutex_);
+  if (stop_) return false;
+  const uint64_t wanted = ++look_wanted_;
+  wake_.notify_one();
+  const std::chrono::duration<double> limit(std::min(seconds, 1e9));
+  return done_.wait_for(lock, limit, [&] { return look_done_ >= wanted; });
 }
 
 void Drain::close() {
@@ -104,12 +113,13 @@ void Drain::run() {
   leave_the_model_alone();
   std::chrono::milliseconds wait(kUsualMs);
   for (;;) {
-    uint64_t wanted;
+    uint64_t wanted, looks;
     bool stop;
     {
       std::unique_lock lock(mutex_);
-      wake_.wait_for(lock, wait, [&] { return stop_ || flush_wanted_ > flush_done_; });
+      wake_.wait_for(lock, wait, [&] { return stop_ || flush_wanted_ > flush_done_ || look_wanted_ > look_done_; });
       wanted = flush_wanted_;
+      looks = look_wanted_;
       stop = stop_;
     }
     const bool all = stop || wanted > flush_done_;
@@ -119,12 +129,13 @@ void Drain::run() {
       const uint64_t held = assembler_.held_bytes();
       assembler_.poll();
       wait = until_next_look(assembler_.held_bytes() - held);
-      if (stop) assembler_.end_open();
+      captures_.free_unused();
       if (was_empty) oldest_ready_ = Clock::now();
-      write_ready(all);
-      write_fragment();
-      if (all) write_bookkeeping();
-      if (stop) close_segment();
+      if (has_trace()) {
+        write(all, stop);
+      } else {
+        give_back();
+      }
     } catch (const std::exception& error) {  // out of memory: these steps are lost, the next ones may fit
       assembler_.give_up();
       batch_ = batch_bytes_ = 0;
@@ -134,14 +145,37 @@ void Drain::run() {
       }
     }
     totals_.cpu_ns.store(thread_cpu_ns(), std::memory_order_relaxed);
-    if (wanted > flush_done_) {
+    if (wanted > flush_done_ || looks > look_done_) {
       const std::lock_guard lock(mutex_);
       flush_done_ = wanted;
       flush_whole_ = !failing_;
+      look_done_ = looks;
       done_.notify_all();
     }
     if (stop) return;
   }
+}
+
+void Drain::write(bool all, bool stop) {
+  if (stop) assembler_.end_open();
+  write_ready(all);
+  write_fragment();
+  if (all) write_bookkeeping();
+  if (stop) close_segment();
+}
+
+// Without a trace, what captures have taken is not needed any more.
+void Drain::give_back() {
+  if (!assembler_.open().captured.empty() && !open_is_large()) return assembler_.release(assembler_.complete());
+  assembler_.keep_captured();
+  assembler_.release(assembler_.positions());
+}
+
+// A step that was admitted needs half of the ring at most; one that turned out larger is streamed like any other.
+bool Drain::open_is_large() const {
+  const uint64_t share = assembler_.open_is_streamed() ? 4 : 2;
+  return assembler_.held_bytes() >= std::min(kFragmentBytes, ring_.lane(0).arena_bytes / share) ||
+         assembler_.held_records() >= ring_.lane(0).descriptor_count / share;
 }
 
 // A quarter of the arena is packed while the rest takes new steps.
@@ -184,12 +218,13 @@ void Drain::write_ready(bool all) {
 
 void Drain::write_fragment() {
   StepData& open = assembler_.open();
-  // A step that was admitted needs half of the ring at most; one that turned out larger is streamed like any other.
-  const uint64_t share = assembler_.open_is_streamed() ? 4 : 2;
-  const uint64_t threshold = std::min(kFragmentBytes, ring_.lane(0).arena_bytes / share);
-  const bool many = assembler_.held_records() >= ring_.lane(0).descriptor_count / share;
-  if (open.pieces.empty() || (assembler_.held_bytes() < threshold && !many)) return;
+  if (open.bytes == 0 || !open_is_large()) return;
   const auto end = assembler_.positions();
+  assembler_.keep_captured();
+  if (open.pieces.empty()) {  // all of it is for captures
+    open.bytes = 0;
+    return assembler_.release(end);
+  }
   if (!ensure_segment()) {
     assembler_.lose_open();
     assembler_.release(end);

@@ -1,5 +1,5 @@
 // The drain thread: takes whole steps from the ring, packs blocks, writes segments, frees the ring. It never touches
-// the model: an I/O error costs steps, which are counted, and is said once.
+// the model: an I/O error costs steps, which are counted, and is said once. Without a trace it serves captures alone.
 #pragma once
 
 #include <atomic>
@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "capture/captures.h"
 #include "core/messages.h"
 #include "core/ring.h"
 #include "segment/assembler.h"
@@ -21,8 +22,8 @@
 namespace moe_native {
 
 struct DrainOptions {
-  std::string trace;  // the trace's directory, for retention
-  SegmentIdentity identity;
+  std::string trace;         // the trace's directory, for retention
+  SegmentIdentity identity;  // without a directory there is no trace
   uint64_t segment_bytes = 64u << 20;
   uint64_t max_bytes = 0;  // of the whole trace; 0: no limit
   double flush_seconds = 10;
@@ -46,6 +47,9 @@ class Drain {
   // True: everything committed before the call is in the file. False: not within `seconds`, or the disk does not take
   // it.
   bool flush(double seconds);
+  // True: captures have what was committed before the call. False: not within `seconds`.
+  bool catch_up(double seconds);
+  Captures& captures() { return captures_; }
   void close();                         // writes what is there, closes the segment, ends the thread
   void set_metadata(std::string json);  // for the segments that begin from now on
   const DrainTotals& totals() const { return totals_; }
@@ -54,6 +58,10 @@ class Drain {
   using Clock = std::chrono::steady_clock;
 
   void run();
+  bool has_trace() const { return !options_.identity.directory.empty(); }
+  void write(bool all, bool stop);
+  void give_back();
+  bool open_is_large() const;
   std::chrono::milliseconds until_next_look(uint64_t took_bytes);
   void write_ready(bool all);
   void write_fragment();
@@ -71,6 +79,8 @@ class Drain {
   const DrainOptions options_;
   Messages& messages_;
   DrainTotals totals_;
+
+  Captures captures_;
 
   // Of the drain thread alone.
   Assembler assembler_;
@@ -95,6 +105,8 @@ class Drain {
   std::string metadata_ = "{}";
   uint64_t flush_wanted_ = 0;
   uint64_t flush_done_ = 0;
+  uint64_t look_wanted_ = 0;
+  uint64_t look_done_ = 0;
   bool flush_whole_ = true;
   bool stop_ = false;
   std::thread thread_;

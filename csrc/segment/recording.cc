@@ -25,6 +25,7 @@ Recording::Recording(const RecordingOptions& options)
     : forks_(forks.load(std::memory_order_relaxed)), ring_(new Ring(options.ring)) {
   if (forks_are_counted != 0) throw std::system_error(forks_are_counted, std::generic_category(), "pthread_atfork");
   steps_ = std::make_unique<StepRecorder>(*ring_, options.overflow, options.fields, messages_);
+  if (options.drain.identity.directory.empty()) steps_->pause(true);  // there is no trace: captures alone
   drain_ = std::make_unique<Drain>(*ring_, with_ring(options.drain, *ring_), messages_);
   if (ring_->fell_back()) {
     messages_.post(

@@ -52,7 +52,11 @@ struct StepData {
   std::span<const Run> runs;
   const std::byte* tokens = nullptr;  // u32 a row, or null
   std::span<const std::byte> notes;
-  std::vector<Piece> pieces;       // by layer, then row, once the step is complete
+  std::vector<Piece> pieces;    // by layer, then row, once the step is complete
+  std::vector<Piece> captured;  // what captures have not taken yet: in the ring, or else in `kept`
+  size_t captured_in_kept = 0;  // so many of the first ones
+  std::vector<std::vector<std::byte>> kept;
+  std::vector<Run> announced;      // whose rows it will have, where that is known before it is complete
   std::vector<LayerShape> shapes;  // of its layers, ascending, once it is complete
   std::vector<WrittenPiece> written;
   uint32_t fragments = 0;

@@ -382,7 +382,8 @@ TEST_F(TwoLanes, TwoThreadsWithPlacesCallOneRouter) {
   StepTable table;
   table.runs = runs;
   ASSERT_TRUE(recorder.end_step(table));
-  Assembler assembler(t.ring);
+  Captures captures;
+  Assembler assembler(t.ring, captures);
   while (assembler.poll()) {
   }
   ASSERT_EQ(assembler.ready().size(), 1u);

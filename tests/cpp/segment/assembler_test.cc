@@ -14,10 +14,13 @@ using test::run;
 
 struct AssemblerTest : testing::Test {
   explicit AssemblerTest(uint32_t lanes = 1)
-      : t(1 << 20, lanes), recorder(t.ring, Overflow::kDrop, kFieldIds | kFieldWeights, messages), assembler(t.ring) {}
+      : t(1 << 20, lanes),
+        recorder(t.ring, Overflow::kDrop, kFieldIds | kFieldWeights, messages),
+        assembler(t.ring, captures) {}
   test::TestRing t;
   Messages messages;
   StepRecorder recorder;
+  Captures captures;
   Assembler assembler;
 };
 

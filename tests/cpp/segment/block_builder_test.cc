@@ -22,7 +22,7 @@ std::string as_text(std::span<const std::byte> bytes) {
 
 struct BlockBuilderTest : testing::Test {
   explicit BlockBuilderTest(uint32_t fields = kFieldIds | kFieldWeights | kFieldLogits)
-      : recorder(t.ring, Overflow::kDrop, fields, messages), assembler(t.ring) {
+      : recorder(t.ring, Overflow::kDrop, fields, messages), assembler(t.ring, captures) {
     extras.number = 9;
     extras.losses.resize(kLossCauses);
   }
@@ -37,6 +37,7 @@ struct BlockBuilderTest : testing::Test {
   test::TestRing t;
   Messages messages;
   StepRecorder recorder;
+  Captures captures;
   Assembler assembler;
   BlockExtras extras;
   std::vector<const StepData*> steps;

@@ -14,7 +14,7 @@ namespace {
 namespace fs = std::filesystem;
 
 struct SegmentFileTest : testing::Test {
-  SegmentFileTest() : recorder(t.ring, Overflow::kDrop, kFieldIds, messages), assembler(t.ring) {
+  SegmentFileTest() : recorder(t.ring, Overflow::kDrop, kFieldIds, messages), assembler(t.ring, captures) {
     identity.directory = directory.path();
     identity.ring_id = 0xABCDEF;
     for (uint8_t i = 0; i < 16; ++i) identity.run_id[i] = i;
@@ -38,6 +38,7 @@ struct SegmentFileTest : testing::Test {
   test::TestRing t;
   Messages messages;
   StepRecorder recorder;
+  Captures captures;
   Assembler assembler;
   std::vector<Binding*> layers;
   SegmentIdentity identity{};
