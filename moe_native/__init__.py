@@ -19,18 +19,29 @@ if importlib.util.find_spec("moe_native._C") is None:
 
 if TYPE_CHECKING:
     from moe_native import hf as hf
+    from moe_native.captures import Capture as Capture
+    from moe_native.captures import CaptureError as CaptureError
+    from moe_native.captures import Sample as Sample
+    from moe_native.captures import acapture as acapture
+    from moe_native.captures import capture as capture
     from moe_native.recorder import Recorder as Recorder
+    from moe_native.vllm.plugin import arm as arm
 
-__all__ = ["Recorder", "__version__", "hf"]
+__all__ = ["Capture", "CaptureError", "Recorder", "Sample", "__version__", "acapture", "arm", "capture", "hf"]
+
+
+_PLACES = {
+    "Recorder": "moe_native.recorder",
+    "arm": "moe_native.vllm.plugin",
+    **dict.fromkeys(("Capture", "CaptureError", "Sample", "acapture", "capture"), "moe_native.captures"),
+}
 
 
 def __getattr__(name: str) -> Any:
     # Imported when they are asked for: vLLM imports this package in each of its processes, to find the plugin, and most
     # of them record nothing.
-    if name == "Recorder":
-        from moe_native.recorder import Recorder
-
-        return Recorder
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
     if name == "hf":
         return importlib.import_module("moe_native.hf")
     if name == "__version__":

@@ -27,7 +27,8 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """What to record and where. `trace` is None when nothing is to be recorded."""
+    """What to record and where. `trace` is None when there is to be no trace; then, with `capture`, what is captured is
+    recorded all the same."""
 
     trace: Path | None = None
     fields: tuple[str, ...] = ("ids", "weights")
@@ -39,6 +40,7 @@ class Config:
     weights_dtype: str = "float16"
     flush_seconds: float = 10.0
     sample: float = 1.0
+    capture: bool = False
 
     @classmethod
     def parse(cls, environment: Mapping[str, str], overrides: Mapping[str, Any] | None = None) -> Config:
@@ -89,7 +91,7 @@ class Config:
         return cls(**values)
 
     def recorder_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for `moe_native.Recorder`, its path left out."""
+        """Keyword arguments for `moe_native.Recorder`, its path and `capture` left out."""
         return {
             "fields": self.fields,
             "layers": self.layers,
@@ -195,6 +197,13 @@ def _share(value: Any) -> float:
     return share
 
 
+def _switch(value: Any) -> bool:
+    name = str(value).lower()
+    if name not in ("0", "1", "true", "false"):
+        raise ValueError("use 1 or 0")
+    return name in ("1", "true")
+
+
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     "trace": _path,
     "fields": _fields,
@@ -206,4 +215,5 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "weights_dtype": _choice("float16", "exact"),
     "flush_seconds": _seconds,
     "sample": _share,
+    "capture": _switch,
 }

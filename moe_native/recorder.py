@@ -19,6 +19,7 @@ import torch
 
 import moe_trace
 from moe_native import _C, ops
+from moe_native.capturing import Capturing
 from moe_native.config import Config
 from moe_native.control import CommandFile
 from moe_native.metadata import Metadata
@@ -27,6 +28,7 @@ from moe_native.rank_directory import RankFile, make_rank_directory, sweep_empti
 from moe_native.runs import RUN_DTYPE, one_per_row, runs_of
 from moe_native.sampling import Sampling
 from moe_native.tier import Tier
+from moe_trace.units import count
 
 __all__ = ["Recorder"]
 
@@ -49,7 +51,8 @@ class Recorder:
     does.
 
     Args:
-        path: the trace's directory; made if it is missing. A trace may hold many runs: each recorder adds one.
+        path: the trace's directory; made if it is missing. A trace may hold many runs: each recorder adds one. None:
+            there is no trace, and what is recorded is for captures alone.
         fields: what to store of `ids`, `weights`, `logits`, `hidden` (the router's input) and `tokens` (token ids).
             `ids` is always stored. Or `counts`: statistics, and no row.
         layers: the layers to record (the model's own indices), also as `"0,4-7"`; None for all that are bound.
@@ -74,11 +77,15 @@ class Recorder:
     Raises:
         ValueError: an argument is not usable; the message says which and why.
         OSError: the trace or the ring cannot be made.
+
+    Attributes:
+        path, directory: of the trace, and of this process in it; None where there is no trace.
+        captures: the captures of it (`moe_native.capturing`).
     """
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | None,
         *,
         fields: str | Iterable[str] = ("ids", "weights"),
         layers: str | Iterable[int] | None = None,
@@ -107,7 +114,7 @@ class Recorder:
             flush_seconds=flush_seconds,
             sample=sample,
         )
-        if settings.trace is None:
+        if path is not None and settings.trace is None:
             raise ValueError("the trace's path is empty")
         largest = settings.max_bytes or 0
         if segment_bytes is None:
@@ -119,16 +126,19 @@ class Recorder:
         tier = Tier(settings.fields, Tier.layer_set(settings.layers), settings.sample)
         self._sampling = Sampling(tier)
         self._metadata = Metadata(tier, settings.weights_dtype, metadata or {})
-        self._recover_dead_runs()
-        if largest:
-            sweep_emptied_ranks(self.path)
-        self.directory = make_rank_directory(self.path, rank, run)
-        self._file = RankFile(self.directory, _C.owner())
+        self.directory: Path | None = None
+        self._file: RankFile | None = None
+        if self.path is not None:
+            self._recover_dead_runs(self.path)
+            if largest:
+                sweep_emptied_ranks(self.path)
+            self.directory = make_rank_directory(self.path, rank, run)
+            self._file = RankFile(self.directory, _C.owner())
         try:
             self._core = _C.Recording(
-                trace=str(self.path.resolve()),
-                rank_directory=str(self.directory),
-                run_id=self._file.run_id,
+                trace="" if self.path is None else str(self.path.resolve()),
+                rank_directory=str(self.directory or ""),
+                run_id=bytes(16) if self._file is None else self._file.run_id,
                 ring_directory="" if settings.ring_dir is None else str(settings.ring_dir),
                 ring_bytes=settings.ring_bytes,
                 lanes=lanes,
@@ -140,19 +150,22 @@ class Recorder:
                 flush_seconds=settings.flush_seconds,
             )
         except BaseException:  # nothing was recorded: leave nothing
-            self._file.release()
-            with contextlib.suppress(OSError):
-                self.directory.rmdir()
-                self.directory.parent.rmdir()
+            if self._file is not None and self.directory is not None:
+                self._file.release()
+                with contextlib.suppress(OSError):
+                    self.directory.rmdir()
+                    self.directory.parent.rmdir()
             raise
         self._begin_step, self._end_step = self._core.begin_step, self._core.end_step
         self._core.configure(tier.bits, tier.counted)
         self._notes = Notes(settings.ring_bytes // lanes // 8, tier)
         self._bindings: dict[int, int] = {}  # their layers
+        self.captures = Capturing(self._core, self._bindings)
+        self._for_captures = False  # the open step: the trace does not have it
         self._closed = False
         self._publish_metadata(ring={"path": self._core.ring_path, "id": f"{self._core.ring_id:016x}"})
         self._at_exit = _close_at_exit(self)
-        self._commands = CommandFile(self, self.directory)
+        self._commands = None if self.directory is None else CommandFile(self, self.directory)
 
     # What is recorded: bindings and metadata.
 
@@ -247,6 +260,7 @@ class Recorder:
         enabled = self._sampling.tier.takes(layer)
         binding = int(self._core.bind(layer, experts, top_k, enabled, every_step, operator.index(logits)))
         self._bindings[binding] = layer
+        self.captures.changed = True
         self._metadata.add_layer(layer, name, experts, top_k, status, detail, every_step)
         return binding
 
@@ -265,9 +279,10 @@ class Recorder:
         self._publish_metadata()
 
     def _publish_metadata(self, **rank_items: Any) -> None:
-        if not self._core.here:  # a forked child: the trace is its parent's
+        text = self._metadata.text()
+        if not self._core.here or self._file is None:  # in a forked child the trace is its parent's
             return
-        self._core.set_metadata(self._metadata.text())
+        self._core.set_metadata(text)
         self._file.update(metadata=self._metadata.items, **rank_items)
 
     # Requests.
@@ -317,12 +332,15 @@ class Recorder:
         steps number them alike.
 
         Returns:
-            Whether the step is recorded. False is a counted loss (or recording is paused); do not call `end_step` then.
+            Whether the step is recorded, be it for captures alone. False is a counted loss (or recording is paused); do
+            not call `end_step` then.
 
         Raises:
             RuntimeError: a step is open already.
         """
         self._adopt_wanted()
+        if self.captures.changed and not self._core.step_open:
+            self.captures.adopt()
         if self._metadata.stale:
             try:
                 self._publish_metadata()
@@ -331,7 +349,9 @@ class Recorder:
         begun = self._begin_step(n_rows, None if spans is None else list(spans))
         if begun & _C.MESSAGES:
             self._log_messages()
-        return begun & ~_C.MESSAGES == _C.ADMITTED
+        begun &= ~_C.MESSAGES
+        self._for_captures = begun == _C.CAPTURED
+        return begun == _C.ADMITTED or self._for_captures
 
     def place(self, places: Sequence[tuple[int, int, int, int]]) -> None:
         """Say where this thread's calls find the rows of the open step, which was begun with empty `spans`. A call
@@ -347,6 +367,11 @@ class Recorder:
         """
         self._core.place(list(places))
 
+    def announce(self, runs: npt.NDArray[np.void] | bytes) -> None:
+        """Say early, before the open step's first layer, what `end_step` will be told. Captures then take each layer as
+        it comes, and a large step does not have to be kept for them until it ends."""
+        self._core.announce(runs if isinstance(runs, bytes) else runs.tobytes())
+
     def narrow(self, n_rows: int) -> None:
         """The open step has only `n_rows` rows. To be said before its first layer."""
         self._core.narrow(n_rows)
@@ -359,7 +384,7 @@ class Recorder:
             tokens: `[rows]` token ids; stored when the field `tokens` was asked for.
 
         Returns:
-            Whether the step is in the trace; False is a counted loss.
+            Whether the step is in the trace; False is a counted loss, or it was for captures alone.
 
         Raises:
             ValueError: the runs do not cover the step's rows. The step stays open: abort it.
@@ -368,6 +393,9 @@ class Recorder:
             if runs.dtype != RUN_DTYPE or runs.ndim != 1:
                 raise ValueError("runs must be a one-dimensional array of RUN_DTYPE")
             runs = runs.tobytes()
+        if self._for_captures:  # what travels with steps waits for one that the trace has
+            self._end_step(runs, None, b"", 0)
+            return False
         if self._sampling.may_leave_out:
             runs = self._sampling.mark(self._core.step_number, np.frombuffer(runs, RUN_DTYPE)).tobytes()
         if tokens is None and not self._notes.waiting:  # as it is most often
@@ -446,6 +474,8 @@ class Recorder:
         self._adopt_wanted()
         runs = runs_of(names, flat, modality, lambda name: self._learn(name, prompt_lens or {}))
         admitted = self.begin_step(len(flat), spans)
+        if admitted and self.captures.under_way:
+            self.announce(runs)
         try:
             yield admitted
             if admitted:
@@ -469,12 +499,12 @@ class Recorder:
         return dict(self._core.counters())
 
     def status(self) -> dict[str, Any]:
-        """How it stands, in plain types: `directory`, `state` (`recording`, `paused` or `closed`), `fields`, `layers`
-        (None: all) and `sample` as they are from the next step on, and of `counters()` the `steps`, `rows`,
-        `rows_stored`, `lost` and `paused`."""
+        """How it stands, in plain types: `directory` (None: no trace), `state` (`recording`, `paused` or `closed`),
+        `fields`, `layers` (None: all) and `sample` as they are from the next step on, and of `counters()` the `steps`,
+        `rows`, `rows_stored`, `lost` and `paused`."""
         tier, c = self._sampling.next, self.counters()
         return {
-            "directory": str(self.directory),
+            "directory": None if self.directory is None else str(self.directory),
             "state": "closed" if self._closed else "paused" if self._core.paused else "recording",
             "fields": list(tier.fields),
             "layers": None if tier.layers is None else sorted(tier.layers),
@@ -505,13 +535,16 @@ class Recorder:
         atexit.unregister(self._at_exit)
         if not self._core.here:  # a forked child: the trace is its parent's
             return
-        self._commands.close()
+        if self._commands is not None:
+            self._commands.close()
         self._core.pause(False)  # late facts are to be written all the same
         if self._notes.amendments_wait and not self._core.step_open and self.begin_step(0):
             self.end_step(np.zeros(0, RUN_DTYPE))  # a step without rows takes them along
         self._core.close()
         self._log_messages()
         counters = self.counters()
+        if self._file is None:
+            return
         with contextlib.suppress(OSError):  # the segments are whole either way, and say so themselves
             self._file.update(ring=None, closed=True, metadata=self._metadata.items, losses=counters["lost"])
         self._file.release()
@@ -537,6 +570,8 @@ class Recorder:
             return f"<moe_native.Recorder of the parent process {self.directory}>"
         c = self.counters()
         state = "closed" if self._closed else "recording"
+        if self.directory is None:
+            return f"<moe_native.Recorder {state}, without a trace: {count(len(self.captures), 'capture')}>"
         steps, rows = c["steps_committed"], c["rows_written"]
         return f"<moe_native.Recorder {state} {self.directory}: {steps} steps, {rows} rows written>"
 
@@ -544,16 +579,16 @@ class Recorder:
         for text in self._core.take_messages():
             log.warning("moe_native: %s", text)
 
-    def _recover_dead_runs(self) -> None:
+    def _recover_dead_runs(self, trace: Path) -> None:
         """Fold the rings that crashed runs of this trace left into their segments. Recording must go on whatever is
         found there."""
-        if not self.path.is_dir():
+        if not trace.is_dir():
             return
         try:
-            for problem in moe_trace.recover(self.path).problems:
+            for problem in moe_trace.recover(trace).problems:
                 log.warning("moe_native: %s", problem)
         except Exception as error:
-            log.warning("moe_native: a crashed run in %s could not be recovered: %s", self.path, error)
+            log.warning("moe_native: a crashed run in %s could not be recovered: %s", trace, error)
 
 
 def _close_at_exit(recorder: Recorder) -> Any:

@@ -157,7 +157,7 @@ class Handle {
     if (usable()) recording_->steps().abort_step();
   }
   void pause(bool paused) {
-    if (usable()) recording_->steps().pause(paused);
+    if (usable()) recording_->pause(paused);
   }
   bool paused() const { return usable() && recording_->steps().paused(); }
   void configure(uint32_t fields, bool counted) {

@@ -221,9 +221,10 @@ void Drain::write_fragment() {
   if (open.bytes == 0 || !open_is_large()) return;
   const auto end = assembler_.positions();
   assembler_.keep_captured();
-  if (open.pieces.empty()) {  // all of it is for captures
+  if (open.pieces.empty() && open.fragments == 0) {  // all of it is for captures
     open.bytes = 0;
-    return assembler_.release(end);
+    write_block({}, end);  // records that no block has would be looked for after a crash
+    return;
   }
   if (!ensure_segment()) {
     assembler_.lose_open();

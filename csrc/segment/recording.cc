@@ -22,10 +22,12 @@ DrainOptions with_ring(DrainOptions options, const Ring& ring) {
 }  // namespace
 
 Recording::Recording(const RecordingOptions& options)
-    : forks_(forks.load(std::memory_order_relaxed)), ring_(new Ring(options.ring)) {
+    : forks_(forks.load(std::memory_order_relaxed)),
+      has_trace_(!options.drain.identity.directory.empty()),
+      ring_(new Ring(options.ring)) {
   if (forks_are_counted != 0) throw std::system_error(forks_are_counted, std::generic_category(), "pthread_atfork");
   steps_ = std::make_unique<StepRecorder>(*ring_, options.overflow, options.fields, messages_);
-  if (options.drain.identity.directory.empty()) steps_->pause(true);  // there is no trace: captures alone
+  pause(false);
   drain_ = std::make_unique<Drain>(*ring_, with_ring(options.drain, *ring_), messages_);
   if (ring_->fell_back()) {
     messages_.post(
@@ -44,6 +46,8 @@ Recording::~Recording() {
 }
 
 bool Recording::here() const { return forks.load(std::memory_order_relaxed) == forks_; }
+
+void Recording::pause(bool paused) { steps_->pause(paused || !has_trace_); }
 
 void Recording::close() {
   if (closed_ || !here()) return;

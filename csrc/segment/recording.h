@@ -29,6 +29,8 @@ class Recording {
   const Ring& ring() const { return *ring_; }
   Messages& messages() { return messages_; }
 
+  // Of the trace; without one it is always paused.
+  void pause(bool paused);
   // Everything committed goes to the trace, then the ring is removed. Safe to call twice.
   void close();
   bool closed() const { return closed_; }
@@ -37,6 +39,7 @@ class Recording {
 
  private:
   const uint32_t forks_;  // before it was made
+  const bool has_trace_;
   Messages messages_;
   std::unique_ptr<Ring> ring_;
   std::unique_ptr<StepRecorder> steps_;

@@ -2,8 +2,8 @@
 
 What it changes, and when:
 
-- `MOE_NATIVE_TRACE` is not set and no `moe_native` is in the engine's additional config: nothing. No attribute of
-  vLLM is touched.
+- Neither `MOE_NATIVE_TRACE` nor `MOE_NATIVE_CAPTURE` is set, and no `moe_native` is in the engine's additional config:
+  nothing. No attribute of vLLM is touched.
 - Else one attribute, `WorkerBase.__init__`, so that each worker made afterwards is asked whether it is to record (see
   `worker`).
 
@@ -28,10 +28,20 @@ from moe_native.vllm import KEY
 log = logging.getLogger("moe_native")
 
 _STACK_DEPTH = 40
+_VARIABLES = ("MOE_NATIVE_TRACE", "MOE_NATIVE_CAPTURE")
 # The process in which vLLM looks at a model's class. It makes no worker, and importing one there takes seconds.
 _INSPECTOR = "vllm.model_executor.models.registry"
 
 _registered = False
+
+
+def arm() -> None:
+    """Engines that this process builds from now on can be captured (`MOE_NATIVE_CAPTURE`), unless the environment says
+    already whether they can."""
+    if "MOE_NATIVE_CAPTURE" not in os.environ:
+        os.environ["MOE_NATIVE_CAPTURE"] = "1"
+    if getattr(sys.modules.get("vllm.plugins"), "plugins_loaded", False):  # vLLM will not call it again
+        register()
 
 
 def register() -> None:
@@ -40,7 +50,7 @@ def register() -> None:
     if _registered:
         return
     try:
-        if not os.environ.get("MOE_NATIVE_TRACE") and not _asked_by_caller():
+        if all(os.environ.get(name, "0") in ("", "0") for name in _VARIABLES) and not _asked_by_caller():
             return
         if getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "") == _INSPECTOR:
             return

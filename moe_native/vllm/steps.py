@@ -23,6 +23,7 @@ import numpy.typing as npt
 from moe_native import _C
 from moe_native.recorder import Recorder
 from moe_native.runs import MODALITIES, RUN_DTYPE, UNKNOWN
+from moe_native.vllm.captures import Captures
 from moe_native.vllm.drafts import DraftFates, Drafts
 from moe_native.vllm.forward import Forward
 from moe_native.vllm.media import MediaSpan, media_spans
@@ -54,8 +55,13 @@ class Request(_C.RequestRows):
 class Steps:
     """Opens, attributes and closes the recorder's steps for one model runner."""
 
-    def __init__(self, recorder: Recorder, runner: Any, *, forward: Forward | None = None) -> None:
+    def __init__(
+        self, recorder: Recorder, runner: Any, *, forward: Forward | None = None, captures: Captures | None = None
+    ) -> None:
         self._recorder = recorder
+        self._captures = captures
+        self._announced: bytes | None = None  # the runs of the open step, if captures were told them early
+        self._scheduled: Any = None  # what the scheduler said of the open step, where its runs may be announced
         self._forward = forward  # where rows may lie elsewhere than at the start of the routers' tensors
         self._runner = runner
         self.owners: BlockOwners | None = None  # of the KV blocks, where the prefix cache is followed
@@ -69,6 +75,9 @@ class Steps:
     def begin(self, scheduler_output: Any) -> bool:
         """Learn of new and ended requests, and open a step when there is something to execute. Whether a step is
         open."""
+        self._announced = self._scheduled = None
+        if self._idle:
+            return False
         self._fates.take_late()
         for request in scheduler_output.finished_req_ids:
             self._forget(request)
@@ -82,12 +91,30 @@ class Steps:
                 self.owners = None
         for data in scheduler_output.scheduled_new_reqs:
             self._note_cached(data.req_id, getattr(data, "block_ids", ()), int(getattr(data, "num_computed_tokens", 0)))
+        if self._captures is not None:
+            self._captures.before_step()
         rows = scheduler_output.total_num_scheduled_tokens
         opened = rows > 0 and (self._recorder.begin_step if self._forward is None else self._forward.begin)(rows)
         self.number += rows > 0
         if rows > 0 and not opened:
             self._fates.missed()
+        if opened and self._recorder.captures.under_way:
+            self._scheduled = scheduler_output
         return opened
+
+    @property
+    def _idle(self) -> bool:
+        """Whether there is neither a trace nor a capture that wants anything."""
+        captures = self._captures
+        return self._recorder.directory is None and (captures is None or captures.idle) and len(self._requests) == 0
+
+    def announce(self) -> None:
+        """Tell captures early whose rows the open step has, where the batch says it before the forward pass."""
+        if self._scheduled is None or self._forward is not None or not hasattr(self._runner, "input_batch"):
+            return
+        scheduled, self._scheduled = self._scheduled, None  # a model may call itself
+        self._announced = self._attribute(scheduled)
+        self._recorder.announce(self._announced)
 
     def lose(self, scheduler_output: Any, number: int) -> None:
         """`begin` raised after step `number`: the step is a counted loss. It takes its number all the same, since ranks
@@ -105,24 +132,18 @@ class Steps:
         Raises:
             Exception: the rows cannot be told apart. The step is still open: `end_as_nobodys`.
         """
-        runner, scheduled = self._runner, scheduler_output.num_scheduled_tokens
-        batch = getattr(getattr(runner, "execute_model_state", None), "input_batch", None)
-        if batch is not None:  # the newer runner
-            source = batch
-        else:
-            batch, source = runner.input_batch, runner
-        positions = self._positions.of(source.positions)
-        speculated = getattr(scheduler_output, "scheduled_spec_decode_tokens", None) or {}
-        requests, rows = batch.req_ids, scheduler_output.total_num_scheduled_tokens
-        number = batch.num_reqs
-        runs = self._execute(requests, number, scheduled, speculated, positions, rows)
-        if runs is None:
-            self._add_unknown(requests[:number])
-            runs = self._execute(requests, number, scheduled, speculated, positions, rows)
-            assert runs is not None
+        runs = self._attribute(scheduler_output) if self._announced is None else self._announced
+        batch, source = self._batch()
+        speculated = _speculated(scheduler_output)
         drafts: dict[str, Drafts] = {}
         if speculated or self._fates:
-            drafts = self._follow_drafts(requests[:number], positions, scheduled, speculated)
+            drafts = self._follow_drafts(
+                batch.req_ids[: batch.num_reqs],
+                self._positions.of(source.positions),
+                scheduler_output.num_scheduled_tokens,
+                speculated,
+            )
+        rows = scheduler_output.total_num_scheduled_tokens
         tokens = _array(source.input_ids)[:rows] if "tokens" in self._recorder.fields else None
         if self._forward is not None:
             of_rank, tokens = self._forward.cut(np.frombuffer(runs, RUN_DTYPE), tokens)
@@ -133,6 +154,26 @@ class Steps:
         else:
             self._fates.missed()
         return True
+
+    def _batch(self) -> tuple[Any, Any]:
+        """The runner's batch, and what has its positions and token ids."""
+        batch = getattr(getattr(self._runner, "execute_model_state", None), "input_batch", None)
+        if batch is not None:  # the newer runner
+            return batch, batch
+        return self._runner.input_batch, self._runner
+
+    def _attribute(self, scheduler_output: Any) -> bytes:
+        """The runs of a step. Once a step: it is remembered what was executed."""
+        batch, source = self._batch()
+        positions = self._positions.of(source.positions)
+        step = (scheduler_output.num_scheduled_tokens, _speculated(scheduler_output), positions)
+        requests, number, rows = batch.req_ids, batch.num_reqs, scheduler_output.total_num_scheduled_tokens
+        runs = self._execute(requests, number, *step, rows)
+        if runs is None:
+            self._add_unknown(requests[:number])
+            runs = self._execute(requests, number, *step, rows)
+            assert runs is not None
+        return runs
 
     def end_as_nobodys(self, scheduler_output: Any) -> bool:
         """Commit the step after `end` raised: rows that we cannot tell apart are nobody's, rather than somebody
@@ -197,6 +238,8 @@ class Steps:
             request.media = media
             request.set_media([(first, end, MODALITIES[modality]) for first, end, modality in media])
             self._recorder.request(request.name, media=[[first, end - first, kind] for first, end, kind in media])
+        if self._captures is not None:
+            self._captures.learn(data, request.index, prompt, media)
 
     def _follow_blocks(self, owners: BlockOwners, scheduler_output: Any) -> None:
         """Who the KV blocks belong to that this step has allocated, and what resumed requests share of them."""
@@ -266,6 +309,12 @@ class Steps:
         del self._internal[request.name]
         self._recorder.finish(request.name)
         self._fates.ended(internal)
+        if self._captures is not None:
+            self._captures.forget(internal)
+
+
+def _speculated(scheduler_output: Any) -> dict[str, Any]:
+    return getattr(scheduler_output, "scheduled_spec_decode_tokens", None) or {}
 
 
 class _HostArray:

@@ -7,6 +7,9 @@
 - `sample_tokens`: what it returns says which draft tokens were accepted;
 - `shutdown`: the trace is closed.
 
+A worker that is armed for captures and has no trace does all of this too, but opens steps only while something is
+captured. Callers reach both through `collective_rpc`.
+
 Whatever goes wrong here is caught, counted, said once in the log, and the engine serves on.
 """
 
@@ -25,6 +28,7 @@ from moe_native.vllm.probe import UnknownVLLM, require
 
 if TYPE_CHECKING:
     from moe_native.recorder import Recorder
+    from moe_native.vllm.captures import Captures
     from moe_native.vllm.steps import Steps
 
 log = logging.getLogger("moe_native")
@@ -37,7 +41,7 @@ def follow(worker: Any) -> None:
     """Make `worker`, which has just been made, record if its settings say so. Never raises."""
     try:
         config = Config.parse(os.environ, _take_settings(worker.vllm_config))
-        if config.trace is not None:
+        if config.trace is not None or config.capture:
             _log_where_vllm_logs()
             require(worker, symbols.WORKER)
             WorkerRecording(worker, config)
@@ -47,6 +51,23 @@ def follow(worker: Any) -> None:
         log.error("moe_native: nothing is recorded: %s; vLLM serves on", error)
     except Exception as error:
         log.error("moe_native: nothing is recorded: %s: %s", type(error).__name__, error)
+
+
+def follow_loaded(worker: Any) -> dict[str, Any] | None:
+    """Arm a worker that has served already, which only a model that runs eagerly allows: a compiled one does not call
+    the routers any more. For `collective_rpc`. None, or a reason in `error`; never raises."""
+    try:
+        worker = getattr(worker, "worker", worker)  # vLLM wraps it
+        if hasattr(worker, "moe_native"):
+            return None
+        if not worker.model_config.enforce_eager:
+            return {"error": "its model is compiled, without what records"}
+        _log_where_vllm_logs()
+        require(worker, symbols.WORKER)
+        WorkerRecording(worker, Config(capture=True)).bind_late()
+        return None
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def _log_where_vllm_logs() -> None:
@@ -75,10 +96,14 @@ class WorkerRecording:
         self.worker = worker
         worker.moe_native = self
         worker.moe_native_ctl = self.control  # for `collective_rpc`
+        worker.moe_native_capture = self.capture
         self.config = config
         self.recorder: Recorder | None = None
         self.errors: dict[str, int] = {}
         self._steps: Steps | None = None
+        self._captures: Captures | None = None
+        self._problem = "the model has not been loaded yet"  # why nothing can be captured
+        self._announces = False
         self._armed = False
         self._warming = False
         self._probed = False
@@ -115,12 +140,32 @@ class WorkerRecording:
 
         return None if self.recorder is None else obey(self.recorder, command, arguments)
 
+    def capture(self, command: str, **arguments: Any) -> dict[str, Any] | None:
+        """A command to this worker's captures (`moe_native.vllm.captures`); None from one that leaves recording to
+        another worker."""
+        if self._captures is None:
+            return {"error": self._problem} if self._problem else None
+        if command == "open":
+            self._guard("preparing to announce rows", self._announce)
+        return self._captures.obey(command, **arguments)
+
+    def bind_late(self) -> None:
+        """Bind a model that is loaded and warm.
+
+        Raises:
+            Exception: it cannot be bound.
+        """
+        self._bind()
+        if self._steps is not None:
+            self._armed = True
+
     # The wrappers.
 
     def _load_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def load_model(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             if self.recorder is None:
+                self._problem = "its routers could not be bound: see the engine's log"
                 self._guard("binding the routers", self._bind)
             return result
 
@@ -220,10 +265,12 @@ class WorkerRecording:
         from moe_native.rank_directory import shared_run
         from moe_native.recorder import Recorder
         from moe_native.vllm import forward, layout, metadata, routers
+        from moe_native.vllm.captures import Captures
         from moe_native.vllm.steps import Steps
 
         parallel = metadata.parallel_layout(self.worker)
         if not layout.records(parallel):
+            self._problem = ""
             return
         runner, placed = self.worker.model_runner, layout.needs_places(parallel)
         require(runner, symbols.RUNNER if hasattr(runner, "input_batch") else symbols.NEWER_RUNNER)
@@ -231,11 +278,10 @@ class WorkerRecording:
         layers = routers.find(model, self.worker.device)
         obstacle = layout.obstacle(parallel) or (forward.obstacle(model) if placed else "")
         layers = [replace(layer, obstacle=layer.obstacle or obstacle) for layer in layers]
-        assert self.config.trace is not None
-        key = metadata.engine_key(self.worker.vllm_config)
+        trace, key = self.config.trace, metadata.engine_key(self.worker.vllm_config)
         recorder = Recorder(
-            self.config.trace,
-            run=None if key is None else shared_run(self.config.trace, key),
+            trace,
+            run=None if key is None or trace is None else shared_run(trace, key),
             rank=metadata.rank_name(self.worker.rank, parallel),
             lanes=parallel["microbatches"],
             metadata={**metadata.describe(self.worker, parallel), "left_out": routers.left_out(runner)},
@@ -252,7 +298,27 @@ class WorkerRecording:
         self._say(layers)
         if self._bound:
             places = forward.Forward(model, recorder, parallel, self._guard) if placed else None
-            self._steps = Steps(recorder, runner, forward=places)
+            self._captures = Captures(
+                recorder,
+                self.worker.model_config.max_model_len,
+                layers=[(each.layer, each.experts, each.top_k, each.name) for each in layers if not each.obstacle],
+                missed={each.layer: each.obstacle for each in layers if each.obstacle},
+            )
+            self._steps = Steps(recorder, runner, forward=places, captures=self._captures)
+        elif layers:
+            self._problem = f"none of its MoE layers can be seen, such as layer {layers[0].layer}: {layers[0].obstacle}"
+        else:
+            self._problem = f"{self.worker.model_config.model} has no MoE layer that is known here"
+
+    def _announce(self) -> None:
+        """From now on captures are told before the forward pass whose rows it has."""
+        from moe_native.vllm import forward
+
+        model, steps = self.worker.model_runner.get_model(), self._steps
+        if steps is None or self._announces or forward.obstacle(model):
+            return
+        self._announces = True
+        model.register_forward_pre_hook(lambda *_: self._guard("announcing rows", steps.announce))
 
     def _follow_blocks(self, steps: Steps) -> None:
         from moe_native.vllm import prefix
@@ -271,9 +337,8 @@ class WorkerRecording:
             last = max(layer.layer for layer in layers)
             log.warning("moe_native: nothing is recorded: none of the model's layers, up to %d, is asked for", last)
             return
-        log.info(
-            "moe_native: recording %d of %d MoE layers into %s", len(enabled), len(layers), self.recorder.directory
-        )
+        where = f"into {self.recorder.directory}" if self.recorder.directory else "when they are captured"
+        log.info("moe_native: recording %d of %d MoE layers %s", len(enabled), len(layers), where)
         missed = [layer for layer in layers if layer.obstacle]
         if missed:
             example = f"layer {missed[0].layer}: {missed[0].obstacle}"
@@ -283,7 +348,8 @@ class WorkerRecording:
         global _bindings_in_use
         if self._steps is not None:
             self._guard("closing the steps", self._steps.close)
-        self._armed, self._steps = False, None
+        self._armed, self._steps, self._captures = False, None, None
+        self._problem = "the engine is shut down"
         recorder, self.recorder = self.recorder, None
         if recorder is None:
             return

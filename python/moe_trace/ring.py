@@ -14,7 +14,7 @@ from moe_trace.block import Piece
 from moe_trace.errors import DamagedTrace, NotATrace
 from moe_trace.files import mapped, open_plain
 from moe_trace.owner import locked, process_lives
-from moe_trace.ring_block import DESCRIPTOR, STEP_ABORTED, STEP_RECORD, RingBlock, RingStep, well_formed
+from moe_trace.ring_block import CAPTURED_ONLY, DESCRIPTOR, STEP_ABORTED, STEP_RECORD, RingBlock, RingStep, well_formed
 
 HEADER = np.dtype(
     [
@@ -64,7 +64,7 @@ class Ring:
             raise DamagedTrace(f"the header of the ring {path} is damaged")
         self.id = int(head["ring_id"])
         self.lanes = lanes
-        self.aborted: set[int] = set()  #: steps that the program gave up, once blocks() has looked
+        self.aborted: set[int] = set()  #: steps that are no steps of the trace, once blocks() has looked
         self.problems: list[str] = []  #: what was found damaged, once blocks() has looked
         boot = head["owner_boot_id"].decode("ascii", "replace")
         self.owned = self.owned or process_lives(int(head["owner_pid"]), int(head["owner_start_ticks"]), boot)
@@ -197,7 +197,7 @@ class Ring:
                 payload = self._arenas[lane][record.offset : record.offset + int(d["bytes"])]
                 if int(d["kind"]) == STEP_RECORD:
                     step.record = (d, payload)
-                else:
+                elif not int(d["flags"]) & CAPTURED_ONLY:
                     step.layers.setdefault(int(d["layer"]), []).append((d, payload))
         last = max(steps, default=-1)
         blocks = []
@@ -205,11 +205,13 @@ class Ring:
             step = steps[number]
             if number <= after_step:
                 continue
-            if step.record is not None and int(step.record[0]["flags"]) & STEP_ABORTED:
+            if step.record is not None and int(step.record[0]["flags"]) & (STEP_ABORTED | CAPTURED_ONLY):
                 self.aborted.add(number)
                 continue
             if step.record is None and number != last:
                 continue  # its end found no room, and the producer counted it
+            if step.record is None and not step.layers:
+                continue  # all of it is for captures
             try:
                 blocks.append(RingBlock(step, exact_weights, fragments[1] if number == fragments[0] else ()))
             except DamagedTrace as error:

@@ -26,7 +26,8 @@ DESCRIPTOR = np.dtype(
 assert DESCRIPTOR.itemsize == 128
 
 LAYER_RECORD, STEP_RECORD = 1, 2
-STEP_ABORTED, STEP_COUNTED = 1, 4
+STEP_ABORTED, STEP_COUNTED, CAPTURED_ONLY = 1, 4, 16
+_CAPTURED_COLUMN = {fmt.WEIGHTS: 32, fmt.LOGITS: 64, fmt.HIDDEN: 128}
 _UINT32, _FLOAT16 = 3, 4
 _NOTE_REQUEST, _NOTE_LINE = 1, 3
 _FIELDS = ((fmt.IDS, "ids_dtype", "k"), (fmt.WEIGHTS, "weights_dtype", "k"),
@@ -37,7 +38,9 @@ def well_formed(d: Any) -> bool:
     """Whether the payload of a committed record has exactly the length that its descriptor's columns need."""
     if int(d["kind"]) == STEP_RECORD:
         return bool(int(d["flags"]) & STEP_ABORTED) or _step_parts(d)[2] == int(d["bytes"])
-    if int(d["kind"]) != LAYER_RECORD or int(d["layer"]) == fmt.NO_LAYER:
+    if int(d["kind"]) != LAYER_RECORD:
+        return bool(int(d["flags"]) & CAPTURED_ONLY)  # whatever it is, the trace has nothing of it
+    if int(d["layer"]) == fmt.NO_LAYER:
         return False
     for field, dtype, width in _FIELDS:
         there = field == fmt.IDS or int(d[dtype])
@@ -48,7 +51,7 @@ def well_formed(d: Any) -> bool:
 
 
 class RingStep:
-    """The records of one step, each its descriptor and its payload."""
+    """The records of one step that the trace has, each its descriptor and its payload. There may be none."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -207,13 +210,13 @@ class RingBlock(Block):
 
 
 def _layer_pieces(step: RingStep, exact_weights: bool) -> Iterator[Piece]:
-    """The columns of a step's layer records, with the dtypes that a segment would give them."""
+    """The columns that the trace has of a step's layer records, with the dtypes that a segment would give them."""
     for layer, records in step.layers.items():
         for d, payload in records:
             places, _ = _layer_columns(d)
             for field, dtype_name, width_name in _FIELDS:
                 dtype, width, rows = int(d[dtype_name]), int(d[width_name]), int(d["rows"])
-                if dtype == 0:
+                if dtype == 0 or int(d["flags"]) & _CAPTURED_COLUMN.get(field, 0):
                     continue
                 stored = _FLOAT16 if field == fmt.WEIGHTS and not exact_weights else dtype
 

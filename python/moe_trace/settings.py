@@ -47,6 +47,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "MOE_NATIVE_SAMPLE", "sample", "share of requests whose rows are stored, 0 to 1; all rows are counted", "1"
     ),
+    Setting("MOE_NATIVE_CAPTURE", "capture", "1: prompts can be captured, also without a trace", ""),
 )
 
 # Read by the build, not by a recorder; doctor must not take it for a typing error.

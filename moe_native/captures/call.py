@@ -1,0 +1,189 @@
+"""`capture` and `acapture`: the routing of given prompts, as tensors in the caller's process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from moe_native.captures.engine import METHOD, Exchange, built_before_arming, not_armed
+from moe_native.captures.prompts import resolve
+from moe_native.captures.result import Capture
+
+DEFAULT_FIELDS = ("ids", "weights", "logits")
+
+
+def capture(
+    llm: Any,
+    prompts: Any,
+    sampling_params: Any = None,
+    *,
+    fields: str | Iterable[str] = DEFAULT_FIELDS,
+    layers: str | Iterable[int] | None = None,
+    **options: Any,
+) -> Capture:
+    """Generate from prompts with a vLLM `LLM`, and return how each token was routed.
+
+        moe_native.arm()                            # before the engine is built
+        llm = LLM(model)
+        capture = moe_native.capture(llm, ["Hello"], SamplingParams(max_tokens=20))
+        capture[0].logits[12]                       # [rows, experts]
+
+    Exact under batching, chunked prefill, preemption and `n` > 1. The prompts do not read the prefix cache, because a
+    cached token is not executed; other requests do. A trace that is being recorded meanwhile goes on as it is. While
+    prompts are captured the model waits for room in the ring rather than lose a row.
+
+    Args:
+        llm: vLLM's `LLM`.
+        prompts: one, or a list: strings, lists of token ids, or dicts as vLLM takes them. `multi_modal_data` may hold
+            PIL images, arrays, paths, URLs and base64 data URLs, or lists of them.
+        sampling_params: vLLM's, one for all or one a prompt; None for the model's own defaults.
+        fields: of `ids`, `weights`, `logits` and `hidden` (the router's input). `ids` are always captured.
+        layers: the layers, also as `"0,4-7"`; None for all whose routing is seen.
+        options: more arguments for `LLM.generate`, such as `lora_request`.
+
+    Returns:
+        A `Capture`, a `Sample` for each prompt and sampling in their order. A sample has a row for each token but the
+        last one that was generated.
+
+    Raises:
+        ValueError: an argument is not usable; the message says which and why.
+        FileNotFoundError: an image is not there.
+        CaptureError: the engine cannot be captured, or a row is missing.
+    """
+    exchange = Exchange(fields, layers)
+    config = _model_config(llm)
+    asked = resolve(prompts, model=config.model, takes_images=_takes_images(config))
+    params = _params(sampling_params, len(asked), llm.get_default_sampling_params)
+    try:
+        arguments, keywords = exchange.open_arguments
+        try:
+            replies = llm.collective_rpc(METHOD, args=arguments, kwargs=keywords)
+        except Exception as error:
+            if not not_armed(error):
+                raise
+            _bind_late(llm)
+            replies = llm.collective_rpc(METHOD, args=arguments, kwargs=keywords)
+        arguments, keywords = exchange.close_arguments
+        try:
+            exchange.opened(replies)
+            _warn_of(exchange)
+            marked = [exchange.mark(each, number) for number, each in enumerate(params)]
+            outputs = llm.generate(asked, marked, **{"use_tqdm": False, **options})
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                llm.collective_rpc(METHOD, args=arguments, kwargs=keywords)
+            raise
+        found = exchange.closed(llm.collective_rpc(METHOD, args=arguments, kwargs=keywords))
+        return Capture(outputs, exchange, found, config.model)
+    finally:
+        exchange.release()
+
+
+async def acapture(
+    llm: Any,
+    prompts: Any,
+    sampling_params: Any = None,
+    *,
+    fields: str | Iterable[str] = DEFAULT_FIELDS,
+    layers: str | Iterable[int] | None = None,
+    **options: Any,
+) -> Capture:
+    """`capture` for vLLM's `AsyncLLM`: several may run at a time, among other requests. `options`: more arguments for
+    `AsyncLLM.generate`."""
+    exchange = Exchange(fields, layers)
+    config = _model_config(llm)
+    asked = await asyncio.to_thread(resolve, prompts, model=config.model, takes_images=_takes_images(config))
+    params = _params(sampling_params, len(asked), lambda: _default_params(config))
+    try:
+        arguments, keywords = exchange.open_arguments
+        try:
+            replies = await llm.collective_rpc(METHOD, args=arguments, kwargs=keywords)
+        except Exception as error:
+            if not_armed(error):
+                raise built_before_arming() from error
+            raise
+        arguments, keywords = exchange.close_arguments
+        try:
+            exchange.opened(replies)
+            _warn_of(exchange)
+            marked = [exchange.mark(each, number) for number, each in enumerate(params)]
+            outputs = await _generate(llm, asked, marked, exchange.name, options)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                await llm.collective_rpc(METHOD, args=arguments, kwargs=keywords)
+            raise
+        found = exchange.closed(await llm.collective_rpc(METHOD, args=arguments, kwargs=keywords))
+        return Capture(outputs, exchange, found, config.model)
+    finally:
+        exchange.release()
+
+
+async def _generate(llm: Any, prompts: list[Any], params: list[Any], name: str, options: dict[str, Any]) -> list[Any]:
+    from vllm.sampling_params import RequestOutputKind
+
+    async def one(number: int) -> Any:
+        params[number].output_kind = RequestOutputKind.FINAL_ONLY
+        stream = llm.generate(prompts[number], params[number], f"{name}-{number}", **options)
+        return [output async for output in stream][-1]
+
+    tasks = [asyncio.ensure_future(one(number)) for number in range(len(prompts))]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _bind_late(llm: Any) -> None:
+    """Raises CaptureError where the engine cannot be bound any more."""
+    from moe_native.vllm.worker import follow_loaded
+
+    try:
+        replies = llm.collective_rpc(follow_loaded)
+    except Exception as error:  # vLLM sends no functions to other processes, unless it is told to
+        raise built_before_arming() from error
+    for reply in replies:
+        if reply is not None:
+            raise built_before_arming(reply["error"])
+
+
+def _warn_of(exchange: Exchange) -> None:
+    if exchange.missed:
+        layer, why = next(iter(exchange.missed.items()))
+        warnings.warn(
+            f"{len(exchange.missed)} MoE layers of this model are not captured, such as layer {layer}: {why}",
+            stacklevel=3,
+        )
+
+
+def _params(given: Any, prompts: int, default: Any) -> list[Any]:
+    """One a prompt."""
+    if given is None:
+        given = default()
+    if not isinstance(given, Sequence):
+        return [given] * prompts
+    if len(given) != prompts:
+        raise ValueError(f"{len(given)} sampling_params for {prompts} prompts: give one, or one a prompt")
+    return list(given)
+
+
+def _default_params(config: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams.from_optional(**(config.get_diff_sampling_param() or {}))
+
+
+def _model_config(llm: Any) -> Any:
+    config = getattr(llm, "model_config", None) or getattr(getattr(llm, "llm_engine", None), "model_config", None)
+    if config is None or not hasattr(llm, "collective_rpc"):
+        raise ValueError(f"{type(llm).__name__} is no vLLM engine: give a vllm.LLM, or an AsyncLLM to acapture")
+    return config
+
+
+def _takes_images(config: Any) -> bool:
+    return bool(getattr(config, "is_multimodal_model", False))
