@@ -178,5 +178,6 @@ def joined(columns: list[Column], rows: int) -> torch.Tensor:
     whole = torch.empty((rows, columns[0].width), dtype=columns[0].dtype)
     for column in columns:
         for first, end in column.spans:
-            whole[first:end] = column.rows(first, min(end, rows))
+            if first < rows:  # drafts may lie behind the last
+                whole[first:end] = column.rows(first, min(end, rows))
     return whole

@@ -19,6 +19,9 @@ sys.path.insert(0, str(EXAMPLES))
 
 import tiny_moe  # noqa: E402
 
+# Tests import moe_native.captures, which would arm the workers that other tests make in this process.
+os.environ.setdefault("MOE_NATIVE_CAPTURE", "0")
+
 Engine = Callable[..., dict[str, Any]]
 
 
@@ -33,12 +36,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """Runs `vllm_engine.py`, or another script, and returns what it wrote (a list as `given`). vLLM's caches are the
-    tests' own, and shared among them."""
+    """Runs `vllm_engine.py`, or another script, and returns what it wrote (a list as `given`), where (`path`), and its
+    `log`. vLLM's caches are the tests' own, and shared among them."""
     pytest.importorskip("vllm", reason="vLLM is not installed here")
     cache = tmp_path_factory.mktemp("vllm_cache")
 
-    def run(job: dict[str, Any], script: str = "vllm_engine.py", **environment: str) -> dict[str, Any]:
+    def run(job: dict[str, Any] | list[Any], script: str = "vllm_engine.py", **environment: str) -> dict[str, Any]:
         directory = tmp_path_factory.mktemp("engine")
         answer = directory / "answer.json"
         env = {name: value for name, value in os.environ.items() if not name.startswith("MOE_NATIVE_")}
@@ -62,6 +65,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
         )
         assert done.returncode == 0 and answer.is_file(), done.stdout[-8000:]
         written = json.loads(answer.read_text())
-        return {**(written if isinstance(written, dict) else {"given": written}), "log": done.stdout}
+        return {
+            **(written if isinstance(written, dict) else {"given": written}),
+            "log": done.stdout,
+            "path": str(answer),
+        }
 
     return run
