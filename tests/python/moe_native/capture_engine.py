@@ -4,9 +4,9 @@ JOB is JSON: a list of what is done one after the other, `[what, arguments]`:
 - `build`: an `LLM`, in place of the one before; `import`: a module of ours;
 - `capture`: arguments of `moe_native.capture`, `sampling` those of SamplingParams; `hs`: those of
   `get_moe_router_logits_generate`;
-- `generate`: prompts without a capture.
-A prompt `{"text", "images"}` has pictures in the forms that `image` below knows. What each gave is written to ANSWER, a
-torch file: a list a step, of samples, or `{"error": [class, text]}`.
+- `generate`: prompts without a capture; `inputs`: what transformers' own processor makes of prompts.
+A prompt `{"text", "images"}` has pictures in the forms that `image` below knows; `shown` says which these are. What each
+gave is written to ANSWER, a torch file: a list a step, of samples, or `{"error": [class, text]}`.
 """
 
 from __future__ import annotations
@@ -113,6 +113,16 @@ class Program:
         usage = hs.analyze_expert_usage(logits[0] if isinstance(logits, list) else logits, top_k=4)
         plain = [dict(each) for each in logits] if isinstance(logits, list) else dict(logits)
         return {"logits": plain, "tokens": tokens, "usage": usage}
+
+    def inputs(self, prompts: list[dict[str, Any]]) -> Any:
+        from transformers import AutoProcessor
+
+        processor = AutoProcessor.from_pretrained(self.llm.model_config.model)
+        given = []
+        for prompt in prompts:
+            pictures = [vision.picture(*shown) for shown in prompt["shown"]]
+            given.append(dict(processor(text=[prompt["text"]], images=pictures, return_tensors="pt")))
+        return given
 
     def generate(self, arguments: dict[str, Any]) -> Any:
         from vllm import SamplingParams

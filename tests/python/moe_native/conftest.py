@@ -19,10 +19,13 @@ sys.path.insert(0, str(EXAMPLES))
 
 import tiny_moe  # noqa: E402
 
-# Tests import moe_native.captures, which would arm the workers that other tests make in this process.
-os.environ.setdefault("MOE_NATIVE_CAPTURE", "0")
-
 Engine = Callable[..., dict[str, Any]]
+
+
+def pytest_configure() -> None:
+    """Tests import moe_native.captures, which would arm the workers that other tests make in this process. (Scripts
+    import this file as well, and are to be armed.)"""
+    os.environ.setdefault("MOE_NATIVE_CAPTURE", "0")
 
 
 @pytest.fixture(scope="session")
