@@ -48,6 +48,7 @@ bench: $(VENV)/installed $(VENV)/tools
 	cd tests && ../$(PY) -m pytest benchmarks --benchmark-disable-gc --benchmark-warmup=on \
 	  --benchmark-columns=min,median,max,rounds --benchmark-group-by=group --benchmark-sort=fullname $(PYTEST)
 	cd tests/benchmarks && ../../$(PY) size.py
+	cd tests/benchmarks && ../../$(PY) capture_transport.py && ../../$(PY) vllm_capture.py
 	cd tests/benchmarks && ../../$(PY) vllm_step.py && ../../$(PY) vllm_step.py --compiled
 	cd tests/benchmarks && ../../$(PY) vllm_pairs.py && ../../$(PY) vllm_pairs.py --eager
 

@@ -24,7 +24,7 @@ std::array<uint64_t, kColumns> row_bytes(const LayerShape& s) {
 Capture::Capture(CaptureFile file, CaptureOptions options) : file_(std::move(file)), options_(std::move(options)) {}
 
 void Capture::add(uint32_t request, uint32_t sample, uint32_t child, uint32_t capacity) {
-  requests_[request].entry = {sample, child, capacity, 0};
+  requests_.insert_or_assign(request, Request{.entry = {sample, child, capacity, 0}});
 }
 
 bool Capture::wants(uint16_t layer) const {

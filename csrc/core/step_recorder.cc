@@ -216,8 +216,9 @@ bool StepRecorder::admit() noexcept {
   }
   bytes += largest;  // what a wrap of the arena may leave unused
   const LaneProducer& lane = lanes_[0].producer;
-  streamed_ = bytes > lane.capacity() / 2 || records > lane.descriptor_count() / 2;
-  if (streamed_) return true;  // it will be written out while it is still open
+  const bool large = bytes > lane.capacity() / 2 || records > lane.descriptor_count() / 2;
+  streamed_.store(large, std::memory_order_relaxed);
+  if (large) return true;  // it will be written out while it is still open
 
   const auto fits = [&] {
     return std::ranges::all_of(lanes_, [&](Lane& l) { return l.producer.admits(records, bytes); });
@@ -259,7 +260,7 @@ const char* StepRecorder::unusable(const LayerInput& in, uint32_t fields) noexce
 }
 
 void StepRecorder::complain(Binding& b, const char* problem) noexcept {
-  ring_.lose(Loss::kBadInput, 0, 1, static_cast<uint64_t>(step_rows_));
+  if (traced(b) != 0) ring_.lose(Loss::kBadInput, 0, 1, static_cast<uint64_t>(step_rows_));
   if (b.complained.exchange(true, std::memory_order_relaxed)) return;
   try {
     messages_.post("layer " + std::to_string(b.layer) + " is not recorded: " + problem);
@@ -314,7 +315,7 @@ void StepRecorder::record(Binding& b, LayerInput in) noexcept {
 
   const int lane_index = claim_lane(step);
   if (lane_index >= static_cast<int>(lanes_.size())) {
-    ring_.lose(Loss::kNoLane, 0, 1, static_cast<uint64_t>(kept_count));
+    if (kept != 0) ring_.lose(Loss::kNoLane, 0, 1, static_cast<uint64_t>(kept_count));
     return;
   }
   LaneProducer& lane = lanes_[static_cast<size_t>(lane_index)].producer;
@@ -351,7 +352,7 @@ void StepRecorder::record(Binding& b, LayerInput in) noexcept {
     shape.rows = static_cast<uint32_t>(count);
     const LayerColumns at = layer_columns(shape);
     Descriptor* d = reserve(lane, at.bytes);
-    if (d == nullptr) return fail(streamed_ ? Loss::kTooLarge : Loss::kRingFull);
+    if (d == nullptr) return fail(streamed() ? Loss::kTooLarge : Loss::kRingFull);
     d->step = step - 1;
     d->kind = RecordKind::kLayer;
     d->ids_dtype = shape.ids_dtype;
@@ -367,7 +368,7 @@ void StepRecorder::record(Binding& b, LayerInput in) noexcept {
     d->logits_width = shape.logits_width;
     d->hidden_width = shape.hidden_width;
     d->runs = d->notes = d->notes_bytes = 0;
-    d->flags = flags | (streamed_ ? kStepStreamed : 0);
+    d->flags = flags | (streamed() ? kStepStreamed : 0);
     d->time_ns = step_time_ns_;
 
     std::byte* out = lane.payload(*d);
@@ -401,7 +402,7 @@ Descriptor* StepRecorder::reserve(LaneProducer& lane, uint64_t bytes) noexcept {
 }
 
 Descriptor* StepRecorder::wait_for_room(LaneProducer& lane, uint64_t bytes) noexcept {
-  streamed_ = true;
+  streamed_.store(true, std::memory_order_relaxed);
   const int64_t start = monotonic_ns();
   Descriptor* d = nullptr;
   int64_t waited = 0;

@@ -113,7 +113,7 @@ class StepRecorder {
   uint32_t fields() const noexcept { return fields_ | captured_fields_; }  // of the open step
   bool blocks() const noexcept { return overflow_ == Overflow::kBlock || captured_fields_ != 0; }
   // Whether a record of the open step may have to wait for room.
-  bool may_wait() const noexcept { return streamed_ || blocks(); }
+  bool may_wait() const noexcept { return streamed() || blocks(); }
   // Of the open step, or of the one begun last; -1 before the first.
   int64_t step_number() const noexcept { return static_cast<int64_t>(next_step_) - 1; }
   // By any thread; from the next step on. The steps that are not recorded are counted.
@@ -126,6 +126,7 @@ class StepRecorder {
   };
 
   Begun begin(int64_t rows) noexcept;
+  bool streamed() const noexcept { return streamed_.load(std::memory_order_relaxed); }
   bool admit() noexcept;
   int claim_lane(uint64_t step) noexcept;
   // The fields of a layer that the trace has of the open step, and those that captures want; 0: not this layer.
@@ -160,9 +161,9 @@ class StepRecorder {
   uint64_t next_step_ = 0;
   int64_t step_rows_ = 0;
   int64_t step_time_ns_ = 0;
-  uint32_t enabled_layers_ = 0;  // of the trace
-  bool streamed_ = false;
-  bool traced_ = true;  // else it is for captures alone
+  uint32_t enabled_layers_ = 0;        // of the trace
+  std::atomic<bool> streamed_{false};  // any thread that has to wait finds it to be so
+  bool traced_ = true;                 // else it is for captures alone
   std::vector<RowSpan> spans_;
   bool placed_ = false;  // the step's rows are where each thread's places say
 };

@@ -57,8 +57,9 @@ bool Assembler::poll() {
     finish(*d, first.payload(*d));
     complete_ = positions();
   }
-  // A streamed step needs its room back while it is open, in every lane.
-  if (has_open_ && open_streamed_) took |= poll_side_lanes(open_.number);
+  // A step that is larger than the ring needs its room back while it is open, in every lane. Where it was not known to
+  // be so large, a lane may be full before lane 0 says it.
+  if (has_open_) took |= poll_side_lanes(open_.number);
   if (has_open_ && !open_.announced.empty()) hand_over(open_.announced);
   return took;
 }

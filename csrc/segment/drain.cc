@@ -211,7 +211,8 @@ void Drain::write_ready(bool all) {
   }
   // Records of aborted steps alone can fill the ring as well.
   const bool full = assembler_.held_bytes() >= 2 * pressure_bytes() || assembler_.held_records() >= most_records;
-  if (full && assembler_.open().pieces.empty() && assembler_.open().fragments == 0) {
+  const StepData& open = assembler_.open();
+  if (full && open.pieces.empty() && open.captured.empty() && open.fragments == 0) {
     write_block({}, assembler_.positions());
   }
 }

@@ -151,17 +151,18 @@ def _check(
 ) -> None:
     """Raises CaptureError where a row is missing: better no tensor than a wrong one."""
     why = f": {problems}" if problems else ". The engine's log may say why"
-    gaps: dict[tuple[int, ...], int | None] = {}  # the workers that have a layer, and what they lack
+    gaps: dict[tuple[int, ...], int | None] = {}  # the workers that have a column, and what they lack
     for layer in layers:
         for field in fields:
-            if (field, layer) not in columns:
+            parts = columns.get((field, layer))
+            if parts is None:
                 raise CaptureError(f"prompt {number} has no {field} of layer {layer}{why}")
-        parts = columns["ids", layer]
-        workers = tuple(id(part.spans) for part in parts)
-        if workers not in gaps:
-            gaps[workers] = gap(parts, rows)
-        missing = gaps[workers]
-        if missing is not None:
-            raise CaptureError(
-                f"prompt {number} lacks rows from position {missing} on, of {rows}, in layer {layer} or another{why}"
-            )
+            workers = tuple(id(part.spans) for part in parts)
+            if workers not in gaps:
+                gaps[workers] = gap(parts, rows)
+            missing = gaps[workers]
+            if missing is not None:
+                raise CaptureError(
+                    f"prompt {number} lacks rows from position {missing} on, of {rows}, in {field} of layer {layer} or "
+                    f"another{why}"
+                )

@@ -91,7 +91,10 @@ class Captures:
         mark = marks.get(KEY) if isinstance(marks, Mapping) else None
         if mark is None or data.req_id in self._requests:
             return
-        token, sample, samplings = (int(part) for part in mark)
+        try:
+            token, sample, samplings = (int(part) for part in mark)
+        except (TypeError, ValueError, OverflowError):  # a server's clients can say anything there
+            return
         number = self._numbers.get(token)
         if number is None:  # its caller has given up
             return

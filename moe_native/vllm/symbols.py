@@ -24,7 +24,7 @@ class Symbols:
     Attributes:
         place: where they are.
         members: what they are.
-        by: the files of this directory that rely on them.
+        by: the files that rely on them, from this directory.
         why: what for.
     """
 
@@ -395,6 +395,43 @@ NEWER_DRAFT_MODEL = Symbols(
     ("speculator",),
     by="routers",
     why="a draft model's own MoE layers",
+)
+
+# Captures: how a caller marks its requests, and reaches the workers.
+
+MARKS = Symbols(
+    "vllm.sampling_params:SamplingParams",
+    ("extra_args", "skip_reading_prefix_cache", "clone", "n", "max_tokens"),
+    by="captures, ../captures/engine",
+    why="a caller marks its requests, and has each of their positions executed",
+)
+MARKED = Symbols(
+    "vllm.v1.core.sched.output:NewRequestData",
+    ("sampling_params",),
+    by="captures",
+    why="the worker sees the mark",
+)
+SAMPLINGS = Symbols(
+    "vllm.v1.engine.parallel_sampling:ParentRequest",
+    ('get_child_info: f"{index}_{self.request_id}"',),
+    by="captures",
+    why="which of the samplings of a prompt a request is",
+)
+CALLER = Symbols(
+    "vllm.entrypoints.llm:LLM",
+    (
+        "collective_rpc(method, timeout, args, kwargs)",
+        "generate(prompts, sampling_params)",
+        "get_default_sampling_params",
+    ),
+    by="../captures/call",
+    why="how a caller reaches the workers, and generates",
+)
+ASYNC_CALLER = Symbols(
+    "vllm.v1.engine.async_llm:AsyncLLM",
+    ("collective_rpc(method, timeout, args, kwargs)", "generate(prompt, sampling_params, request_id)"),
+    by="../captures/call",
+    why="how a caller reaches the workers, and generates",
 )
 
 # Where rows lie in the routers' tensors, under data parallelism, sequence parallelism and dual-batch overlap.

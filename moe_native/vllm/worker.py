@@ -155,7 +155,11 @@ class WorkerRecording:
         Raises:
             Exception: it cannot be bound.
         """
-        self._bind()
+        try:
+            self._bind()
+        except Exception as error:
+            self._problem = f"it could not be bound: {type(error).__name__}: {error}"
+            raise
         if self._steps is not None:
             self._armed = True
 

@@ -7,9 +7,9 @@ with any kind of colour vision.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 BAR, TOP, LINE, DEAD, QUIET = "#8FA3B5", "#D55E00", "#0B3C5D", "#000000", "#5A5A5A"
 NONE = "#CFCFCF"
+# Okabe and Ito's colours; neighbours differ in brightness too.
+GROUPS = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#CC79A7", "#000000", "#F0E442")
+MOST_BARS = 32  # experts whose bars are all drawn, when there are several of each
 FORMATS = ("png", "svg", "pdf")
 
 
@@ -78,7 +81,56 @@ def layers_histogram(
     below = figure.add_subplot(grid[1], sharex=above)
     _bars(above, mean, uniform, marked, "mean share over layers")
     _title(above, title, note)
-    _map(figure, below, layers, load, marked)
+    scale = "load / uniform load" + (" (grey: none)" if (load == 0).any() else "")
+    _map(figure, below, [str(layer) for layer in layers], load, scale)
+    filled = np.nan_to_num(load)
+    best = metrics.top(filled, marked) if marked > 0 else np.zeros((len(layers), 0), dtype=np.int64)
+    rows, columns = np.repeat(np.arange(len(layers)), best.shape[1]), best.ravel()
+    used = filled[rows, columns] > 0
+    size = float(np.clip(900 / width, 1.2, 9))
+    below.scatter(columns[used], rows[used], s=size, color="black", linewidths=0)
+    below.set_ylabel("layer")
+    below.set_xlabel(f"expert   (dots: the {best.shape[1]} largest of each layer)" if best.shape[1] else "expert")
+    return figure
+
+
+def groups_histogram(counts: Mapping[str, npt.ArrayLike], *, title: str, note: str = "", top: int = 16) -> Figure:
+    """The expert usage of one layer by groups of tokens, side by side: text and image, or the stages of a request.
+
+    counts: for each group's name `[experts]`, assignments of each expert, at most 8 groups. A bar is an expert's share
+    of the assignments of one group, so that large and small groups compare; a line at the uniform share 1/E. The legend
+    says how many assignments a group has: groups of a few dozen differ by chance.
+
+    Up to `MOST_BARS` experts are all drawn, in the order of their ids. Of more, bars are drawn of the `top` ones whose
+    largest and smallest share are furthest apart: first those that the first group chooses most, then the second's, and
+    so on, with a dotted line between. Below them is a map of all experts, a row a group, as in `layers_histogram`;
+    marks at its upper edge say which ones have bars.
+
+    Raises ValueError for no group or too many, groups that differ in experts, and a group without any assignment.
+    """
+    share = _shares_of_groups(counts)
+    groups, experts = share.shape
+    if experts <= MOST_BARS:
+        shown = np.arange(experts)
+        figure = _figure(experts, height=4.8)
+        axes = figure.add_subplot()
+        axes.set_xlabel("expert")
+    else:
+        shown = _differing(share, top)
+        map_height = 0.8 + 0.3 * groups
+        figure = _figure(experts, height=5.0 + map_height)
+        grid = figure.add_gridspec(2, 1, height_ratios=[4.2, map_height])
+        axes = figure.add_subplot(grid[0])
+        axes.set_xlabel(f"the {len(shown)} of {experts} experts that differ most, by the group that chooses them most")
+        for place in np.flatnonzero(np.diff(share[:, shown].argmax(axis=0))):
+            axes.axvline(place + 0.5, color=QUIET, linewidth=0.9, linestyle=":")
+        _map_of_groups(figure, figure.add_subplot(grid[1]), list(counts), share, shown)
+    _bars_of_groups(axes, counts, share, shown)
+    handles, labels = axes.get_legend_handles_labels()
+    handles, labels = handles[1:] + handles[:1], labels[1:] + labels[:1]  # the line last
+    columns = _columns([len(label) for label in labels])
+    axes.legend(handles, labels, **_legend(columns))
+    _title(axes, title, note, lift=15 * (-(-len(labels) // columns) - 1))
     return figure
 
 
@@ -102,8 +154,6 @@ def _figure(experts: int, height: float) -> Figure:
 
 
 def _bars(axes: Axes, share: npt.NDArray[np.float64], uniform: float, marked: int, ylabel: str) -> None:
-    from matplotlib.ticker import FuncFormatter
-
     experts = np.arange(len(share))
     best = [int(e) for e in metrics.top(np.nan_to_num(share), marked) if share[e] > 0] if marked > 0 else []
     colours = [TOP if e in best else BAR for e in experts]
@@ -141,16 +191,87 @@ def _bars(axes: Axes, share: npt.NDArray[np.float64], uniform: float, marked: in
             arrowprops={"arrowstyle": "-", "color": TOP, "linewidth": 0.9, "shrinkA": 1, "shrinkB": 0},
         )
     axes.set_ylabel(ylabel)
+    axes.set_xticks(_ticks(len(share)))
+    _frame(axes)
+    axes.legend(**_legend(2))
+
+
+def _bars_of_groups(
+    axes: Axes, counts: Mapping[str, npt.ArrayLike], share: npt.NDArray[np.float64], shown: npt.NDArray[np.int64]
+) -> None:
+    groups, experts = share.shape
+    width = 0.84 / groups
+    for number, (name, of_group) in enumerate(counts.items()):
+        axes.bar(
+            np.arange(len(shown)) + (number - (groups - 1) / 2) * width,
+            share[number, shown],
+            width=width,
+            color=GROUPS[number],
+            label=f"{name}, {int(np.asarray(of_group).sum()):,} assignments",
+        )
+    uniform = 1 / experts
+    label = f"uniform, {_percent(uniform)}"
+    axes.axhline(uniform, color=DEAD, linewidth=1.2, linestyle=(0, (5, 3)), label=label)
+    axes.set_xlim(-0.7, len(shown) - 0.3)
+    axes.set_ylim(0, max(float(share[:, shown].max()), uniform) * 1.05)
+    axes.set_xticks(range(len(shown)), [str(expert) for expert in shown])
+    axes.set_ylabel("share of the group's assignments")
+    _frame(axes)
+
+
+def _frame(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter
+
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
     axes.yaxis.grid(True, color="#E4E4E4", linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.set_xticks(_ticks(len(share)))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=9, borderaxespad=0.2)
 
 
-def _map(figure: Figure, axes: Axes, layers: Sequence[int], load: npt.NDArray[np.float64], marked: int) -> None:
+def _legend(columns: int) -> dict[str, Any]:
+    return {
+        "loc": "lower right",
+        "bbox_to_anchor": (1.0, 1.0),
+        "ncols": columns,
+        "frameon": False,
+        "fontsize": 9,
+        "borderaxespad": 0.2,
+    }
+
+
+def _columns(lengths: Sequence[int]) -> int:
+    """How many columns of a legend with labels of these lengths fit above the narrowest picture."""
+    taken, fit = 9, 140  # in letters: by a column beside its label, by a line
+    if sum(lengths) + taken * len(lengths) <= fit:
+        return len(lengths)
+    return max(fit // (max(lengths) + taken), 1)
+
+
+def _shares_of_groups(counts: Mapping[str, npt.ArrayLike]) -> npt.NDArray[np.float64]:
+    """`[groups, experts]`; raises ValueError where there is nothing to compare."""
+    if not 1 <= len(counts) <= len(GROUPS):
+        raise ValueError(f"{len(counts)} groups: give at least one, and at most {len(GROUPS)}")
+    arrays = {name: np.atleast_1d(np.asarray(of_group)) for name, of_group in counts.items()}
+    if len({of_group.shape for of_group in arrays.values()}) > 1 or next(iter(arrays.values())).ndim != 1:
+        shapes = ", ".join(f"{name} {of_group.shape}" for name, of_group in arrays.items())
+        raise ValueError(f"the counts of each group must be [experts] of the same layer, not {shapes}")
+    for name, of_group in arrays.items():
+        if not of_group.any():
+            raise ValueError(f"no assignment to draw: all counts of {name} are 0")
+    return np.stack([metrics.shares(of_group) for of_group in arrays.values()])
+
+
+def _differing(share: npt.NDArray[np.float64], top: int) -> npt.NDArray[np.int64]:
+    """The `top` experts whose shares, `[groups, experts]`, are furthest apart: those of the first group that chooses
+    them most come first, and of these the ones that differ most."""
+    spread = share.max(axis=0) - share.min(axis=0)
+    most = metrics.top(spread, top)
+    return most[np.argsort(share[:, most].argmax(axis=0), kind="stable")]
+
+
+def _map(figure: Figure, axes: Axes, labels: Sequence[str], load: npt.NDArray[np.float64], scale: str) -> None:
+    """Load over uniform load, `[labels, experts]`, as colours, which `scale` names."""
     import matplotlib as mpl
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import FuncFormatter, LogLocator
@@ -166,29 +287,33 @@ def _map(figure: Figure, axes: Axes, layers: Sequence[int], load: npt.NDArray[np
         cmap=mpl.colormaps["PuOr_r"].with_extremes(bad=NONE, under=NONE),
         norm=LogNorm(vmin=1 / most, vmax=most),
     )
-    filled = np.nan_to_num(load)
-    best = metrics.top(filled, marked) if marked > 0 else np.zeros((len(layers), 0), dtype=np.int64)
-    rows, columns = np.repeat(np.arange(len(layers)), best.shape[1]), best.ravel()
-    used = filled[rows, columns] > 0
-    size = float(np.clip(900 / load.shape[1], 1.2, 9))
-    axes.scatter(columns[used], rows[used], s=size, color="black", linewidths=0)
-    step = max(1, -(-len(layers) // 31))
-    axes.set_yticks(range(0, len(layers), step), [str(layers[i]) for i in range(0, len(layers), step)], fontsize=8)
-    axes.set_ylabel("layer")
-    axes.set_xlabel(f"expert   (dots: the {best.shape[1]} largest of each layer)" if best.shape[1] else "expert")
+    step = max(1, -(-len(labels) // 31))
+    axes.set_yticks(range(0, len(labels), step), labels[::step], fontsize=8)
     dead = bool((load == 0).any())
     bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=30, fraction=0.03, extend="min" if dead else "neither")
-    bar.set_label("load / uniform load" + (" (grey: none)" if dead else ""), fontsize=9)
+    bar.set_label(scale, fontsize=9)
     bar.ax.yaxis.set_major_locator(LogLocator(base=2 if most < 32 else 4))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:g}"))
     bar.minorticks_off()
 
 
-def _title(axes: Axes, title: str, note: str) -> None:
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=40 if note else 22)
+def _map_of_groups(
+    figure: Figure, axes: Axes, names: Sequence[str], share: npt.NDArray[np.float64], shown: npt.NDArray[np.int64]
+) -> None:
+    groups, experts = share.shape
+    _map(figure, axes, names, share * experts, "load / uniform")
+    axes.set_ylim(groups - 0.5, -0.75)
+    axes.scatter(shown, np.full(len(shown), -0.62), marker="v", s=14, color="black", linewidths=0)
+    axes.set_xticks(_ticks(experts))
+    axes.set_xlabel("expert   (marks: those above" + ("; grey: never chosen)" if (share == 0).any() else ")"))
+
+
+def _title(axes: Axes, title: str, note: str, lift: float = 0) -> None:
+    """`lift`: points that the legend takes beyond a first line."""
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=(40 if note else 22) + lift)
     if note:
         axes.annotate(
-            note, xy=(0, 1), xycoords="axes fraction", xytext=(0, 22), textcoords="offset points", color=QUIET
+            note, xy=(0, 1), xycoords="axes fraction", xytext=(0, 22 + lift), textcoords="offset points", color=QUIET
         )
 
 

@@ -198,15 +198,15 @@ class Rank:
         )
         table = next((table for table in tables if table is not None), ())  # the newest has the totals
         found = {int(loss["cause"]): (int(loss["steps"]), int(loss["layers"]), int(loss["rows"])) for loss in table}
-        for cause, said in self._losses_said_at_close().items():
-            found[cause] = tuple(map(max, said, found.get(cause, (0, 0, 0))))  # type: ignore[assignment]
         for steps, layers, rows in self.tail.incomplete:
             old = found.get(_INCOMPLETE, (0, 0, 0))
             found[_INCOMPLETE] = (old[0] + steps, old[1] + layers, old[2] + rows)
+        for cause, said in self._losses_said().items():
+            found[cause] = tuple(map(max, said, found.get(cause, (0, 0, 0))))  # type: ignore[assignment]
         return found
 
-    def _losses_said_at_close(self) -> dict[int, tuple[int, int, int]]:
-        """Of rank.json: what no segment says where the disk took none any more."""
+    def _losses_said(self) -> dict[int, tuple[int, int, int]]:
+        """Of rank.json: what no segment says where the disk took none any more, or a recovery was killed."""
         said = self.file.get("losses")
         found: dict[int, tuple[int, int, int]] = {}
         for cause, totals in said.items() if isinstance(said, dict) and self._only is None else ():
@@ -296,7 +296,7 @@ class Rank:
 
     def add_statistics(self, into: dict[int, LayerStats], wanted: Callable[[int, int], bool]) -> None:
         """Add the totals of everything this process wrote."""
-        if self.tail.blocks:
+        if not self.tail.empty:
             for block in self.blocks():
                 block.add_statistics(into, wanted)
             return
@@ -313,7 +313,7 @@ class Rank:
     def rows_by_class(self) -> dict[int, int]:
         """Executed tokens by class: of each segment, those of the layer that has the most of them."""
         found: dict[int, int] = {}
-        for part in self.blocks() if self.tail.blocks else self.segments:
+        for part in self.segments if self.tail.empty else self.blocks():
             classes: set[int] = set()
             part.add_statistics({}, lambda _, cls, into=classes: into.add(cls))  # type: ignore[misc]
             for cls in classes:

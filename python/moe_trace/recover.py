@@ -88,7 +88,11 @@ def _recover_held(rank: Rank, report: Recovery) -> None:
 
 def _recover_rank(rank: Rank, report: Recovery) -> None:
     blocks, taken = rank.tail.blocks, rank.tail.records
-    problems, losses = rank.problems, _table(fmt.LOSSES, [(cause, *totals) for cause, totals in rank.losses.items()])
+    problems = list(dict.fromkeys(rank.problems))
+    losses = _table(fmt.LOSSES, [(cause, *totals) for cause, totals in rank.losses.items()])
+    content = {**rank.file, "losses": _as_json(losses)} | ({"problems": problems} if problems else {})
+    if rank.file:  # first: once a step is in a segment, nothing else says that the process died in it
+        _replace(rank.directory / "rank.json", json.dumps(content, indent=1))
     lanes = _table(fmt.LANES, [(lane, first, last) for lane, (first, last) in taken.items()])
     writer = _writer(rank, bool(blocks or len(losses)))
     if writer is not None:
@@ -117,10 +121,7 @@ def _recover_rank(rank: Rank, report: Recovery) -> None:
         if not groups and cut is None and (len(losses) or len(lanes)):
             writer.add({}, _table(fmt.STEPS), _table(fmt.RUNS), lanes=lanes, losses=losses)
         writer.close()
-    content = {**rank.file, "closed": True}
-    if problems:
-        content["problems"] = problems
-    _finish(rank, content)
+    _finish(rank, {**content, "closed": True})
     report.ranks.append(rank.directory)
     saved = [block for block in blocks if block.layers]
     report.steps += len(saved)
@@ -205,6 +206,14 @@ def _finish(rank: Rank, content: dict[str, Any]) -> None:
 
 def _table(field: int, rows: Sequence[tuple[int, ...]] = ()) -> npt.NDArray[Any]:
     return np.array(sorted(rows), fmt.TABLES[field])
+
+
+def _as_json(losses: npt.NDArray[Any]) -> dict[str, dict[str, int]]:
+    return {
+        fmt.CAUSES[cause]: {"steps": steps, "layers": layers, "rows": rows}
+        for cause, steps, layers, rows in losses.tolist()
+        if cause < len(fmt.CAUSES)
+    }
 
 
 def _replace(path: Path, text: str) -> None:

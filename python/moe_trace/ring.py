@@ -179,9 +179,9 @@ class Ring:
             after_step: the last step that a segment has whole; -1 for none.
             exact_weights: whether this trace keeps weights as the router gave them; otherwise they become float16, as
                 in its segments.
-            fragments: a step's number and what a segment has of it already.
+            fragments: a step's number and what a segment has of it already; -1 for none.
         """
-        steps: dict[int, RingStep] = {}
+        steps = {fragments[0]: RingStep(fragments[0])} if fragments[0] >= 0 else {}
         for lane in range(self.lanes):
             chain = self.chain(lane, written.get(lane, 0))
             # A chain that lacks its beginning may start in the middle of a step.
@@ -209,9 +209,10 @@ class Ring:
                 self.aborted.add(number)
                 continue
             if step.record is None and number != last:
-                continue  # its end found no room, and the producer counted it
+                self.aborted.add(number)  # its end found no room, and the producer counted it
+                continue
             if step.record is None and not step.layers:
-                continue  # all of it is for captures
+                continue  # all that is here of it is for captures
             try:
                 blocks.append(RingBlock(step, exact_weights, fragments[1] if number == fragments[0] else ()))
             except DamagedTrace as error:

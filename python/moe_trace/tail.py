@@ -37,7 +37,7 @@ class Tail:
 
     @property
     def cut_step_was_aborted(self) -> bool:
-        """Whether the ring says that the program gave that step up."""
+        """Whether the ring says that the program gave that step up, or that it was lost and is counted."""
         if self.cut_step is None or self._ring is None:
             return False
         _ = self.blocks  # by which the ring learns what was aborted
@@ -48,6 +48,11 @@ class Tail:
         """Whether no row of that step was to be stored: its fragments have none, and its counts died with the
         process."""
         return self.cut_step is not None and not self.cut_step.pieces()
+
+    @property
+    def empty(self) -> bool:
+        """Whether the blocks of the segments are all there is, and count."""
+        return self.cut_step is None and not self.blocks
 
     @property
     def blocks(self) -> list[RingBlock]:
@@ -91,12 +96,19 @@ class Tail:
         return self.cut_step_was_aborted or bool(self.blocks and self.blocks[0].first_step == cut.first_step)
 
     @property
+    def _only_in_fragments(self) -> FileBlock | None:
+        """`cut_step`, where the process died in it and no ring has more of it."""
+        return self.cut_step if self.cut_step is not None and not self.replaces(self.cut_step) else None
+
+    @property
     def incomplete(self) -> list[tuple[int, int, int]]:
         """What no segment and no counter of the ring says is lost: steps, layers, rows."""
         found = []
-        cut = self.cut_step
-        if cut is not None and self.cut_step_was_counted and not self.cut_step_was_aborted:
+        cut = self._only_in_fragments
+        if cut is not None and self.cut_step_was_counted:
             found.append((1, 0, cut.executed_rows))
+        elif cut is not None and (gaps := {piece.layer for piece in cut.pieces()} - set(cut.layers)):
+            found.append((0, len(gaps), len(gaps) * cut.executed_rows))
         for block in self.blocks:
             if block.incomplete_layers:
                 found.append((0, block.incomplete_layers, block.incomplete_layers * block.executed_rows))
@@ -106,14 +118,13 @@ class Tail:
         """A sentence for each step in which the process died."""
         problems = []
         cut = [block.first_step for block in self.blocks if not block.complete]
-        if self.cut_step is not None and self.cut_step_was_counted:
-            if not self.cut_step_was_aborted:
-                problems.append(
-                    f"the process died in {directory} while step {self.cut_step.first_step} left its ring, "
-                    "of which no row was to be stored: its counts are lost"
-                )
-        elif self._ring is None and self.cut_step is not None:
-            cut.append(self.cut_step.first_step)
+        if self._only_in_fragments is not None and self.cut_step_was_counted:
+            problems.append(
+                f"the process died in {directory} while step {self._only_in_fragments.first_step} left its ring, "
+                "of which no row was to be stored: its counts are lost"
+            )
+        elif self._only_in_fragments is not None:
+            cut.append(self._only_in_fragments.first_step)
         problems += self._ring.problems if self._ring is not None else []
         return problems + [
             f"the process died inside step {n} in {directory}: its whole layers are kept, as nobody's" for n in cut

@@ -2,8 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <cstring>
 #include <thread>
 
+#include "capture/fake_router.h"
 #include "support.h"
 
 namespace moe_native {
@@ -150,6 +152,192 @@ TEST_F(AssemblerTest, GivingUpLosesTheOpenStepToo) {
   assembler.poll();
   EXPECT_TRUE(assembler.ready().empty());
   EXPECT_EQ(t.ring.losses(Loss::kIoError).steps, 2u);
+}
+
+// One capture of request 7, of all fields, and an open step whose records the test polls for as it likes.
+struct CapturingAssembler : AssemblerTest {
+  explicit CapturingAssembler(uint32_t lanes = 1)
+      : AssemblerTest(lanes),
+        layers(test::bind_layers(recorder, 2, 60, 4)),
+        capture(captures.open({kAllFields, {}})),
+        reader(capture.fd) {
+    recorder.configure(kFieldIds, false);
+    recorder.capture(kAllFields);
+    for (Binding* b : layers) recorder.want(*b, true);
+    captures.add(capture.number, 7, 0, 0, 100);
+  }
+  void begin(bool announced = false) {
+    const RowSpan span{0, 5};
+    recorder.begin_step({&span, 1});
+    if (announced) recorder.announce(runs);
+  }
+  void record(int layer) {
+    recorder.record(*layers[layer], test::FakeTensors(router, static_cast<uint16_t>(layer), runs).input());
+  }
+  bool end() {
+    StepTable table;
+    table.runs = runs;
+    return recorder.end_step(table);
+  }
+  void give_the_ring_back_and_write_over_it() {
+    assembler.release(assembler.positions());
+    std::memset(t.ring.lane(0).arena, 0xEE, t.ring.lane(0).arena_bytes);
+  }
+  test::DecodedCapture closed() {
+    const auto closed = captures.close(capture.number);
+    return test::decode_capture(reader.bytes(closed.bytes), closed.index);
+  }
+  static constexpr uint32_t kAllFields = kFieldIds | kFieldWeights | kFieldLogits | kFieldHidden;
+  const std::vector<Binding*> layers;
+  const Captures::Opened capture;
+  const test::Reader reader;
+  const test::FakeRouter router;
+  std::vector<moe_native::Run> runs = {run(8, 0, 2), run(7, 10, 3)};
+};
+
+TEST_F(CapturingAssembler, WhatOnlyCapturesWantIsNotInAStepOfTheTrace) {
+  recorder.enable(*layers[1], false);
+  for (const uint32_t fields : {uint32_t{0}, kAllFields}) {
+    recorder.capture(fields);
+    begin();
+    for (const int layer : {0, 1}) record(layer);
+    ASSERT_TRUE(end());
+  }
+  assembler.poll();
+  ASSERT_EQ(assembler.ready().size(), 2u);
+  const StepData& step = assembler.ready()[1];
+  ASSERT_EQ(step.pieces.size(), 1u);
+  EXPECT_EQ(step.pieces[0].shape.layer, 0u);
+  EXPECT_EQ(step.pieces[0].weights, nullptr);
+  EXPECT_EQ(step.pieces[0].logits, nullptr);
+  EXPECT_EQ(step.pieces[0].hidden, nullptr);
+  EXPECT_EQ(std::memcmp(step.pieces[0].ids, assembler.ready()[0].pieces[0].ids, 5 * 4), 0);
+  EXPECT_EQ(step.shapes, assembler.ready()[0].shapes) << "they share a block";
+  EXPECT_TRUE(step.captured.empty());
+  EXPECT_EQ(t.ring.losses(Loss::kIncomplete).layers, 0u);
+  expect_rows(closed(), router, 0, 7, {{10, 13}}, kAllFields);
+}
+
+TEST_F(CapturingAssembler, AStepThatIsForCapturesAloneIsNoStepOfTheTrace) {
+  recorder.pause(true);
+  begin();
+  for (const int layer : {0, 1}) record(layer);
+  ASSERT_TRUE(end());
+  recorder.pause(false);
+  runs = {run(7, 13, 5)};
+  begin();
+  record(0);
+  ASSERT_TRUE(end());
+  assembler.poll();
+  ASSERT_EQ(assembler.ready().size(), 1u);
+  EXPECT_EQ(assembler.ready()[0].number, 1u);
+  EXPECT_EQ(assembler.ready()[0].pieces.size(), 1u);
+  EXPECT_EQ(assembler.complete()[0].sequence, 5u) << "its records go with those of the next step";
+  EXPECT_EQ(t.ring.losses(Loss::kIncomplete).layers, 1u) << "of the step of the trace";
+  expect_rows(closed(), router, 0, 7, {{10, 13}}, kAllFields);
+}
+
+TEST_F(CapturingAssembler, AnnouncedRowsAreHandedOverWhileTheStepIsOpen) {
+  begin(true);
+  record(0);
+  assembler.poll();
+  EXPECT_TRUE(assembler.open().captured.empty());
+  EXPECT_EQ(assembler.open().pieces.size(), 1u) << "the trace still has them";
+  expect_rows(closed(), router, 0, 7, {{10, 13}}, kAllFields);
+}
+
+TEST_F(CapturingAssembler, OtherRowsWaitUntilTheStepEnds) {
+  begin(true);
+  record(0);
+  ASSERT_TRUE(end());
+  runs = {run(7, 13, 5)};
+  begin();  // what was announced of the step before does not hold
+  record(0);
+  assembler.poll();
+  EXPECT_EQ(assembler.open().captured.size(), 1u);
+  ASSERT_TRUE(end());
+  assembler.poll();
+  expect_rows(closed(), router, 0, 7, {{10, 18}}, kAllFields);
+}
+
+TEST_F(CapturingAssembler, WhatIsKeptOutlivesTheRing) {
+  begin();
+  for (const int layer : {0, 1}) {
+    record(layer);
+    assembler.poll();
+    assembler.keep_captured();
+    give_the_ring_back_and_write_over_it();
+  }
+  assembler.keep_captured();
+  ASSERT_TRUE(end());
+  assembler.poll();
+  expect_rows(closed(), router, 0, 7, {{10, 13}}, kAllFields);
+}
+
+TEST_F(CapturingAssembler, AnAbortedStepLeavesNoRow) {
+  begin();
+  for (const int layer : {0, 1}) record(layer);
+  assembler.poll();
+  assembler.keep_captured();
+  recorder.abort_step();
+  runs = {run(7, 20, 5)};
+  begin();
+  for (const int layer : {0, 1}) record(layer);
+  ASSERT_TRUE(end());
+  assembler.poll();
+  expect_rows(closed(), router, 0, 7, {{20, 25}}, kAllFields);
+}
+
+TEST_F(CapturingAssembler, AStepWithoutARecordLeavesNoRow) {
+  const std::string too_much(t.ring.lane(0).arena_bytes, ' ');
+  begin();
+  record(0);
+  StepTable table;
+  table.runs = runs;
+  table.notes = {reinterpret_cast<const std::byte*>(too_much.data()), too_much.size()};
+  ASSERT_FALSE(recorder.end_step(table));
+  runs = {run(7, 20, 5)};
+  begin();
+  record(0);
+  ASSERT_TRUE(end());
+  assembler.poll();
+  expect_rows(closed(), router, 0, 7, {{20, 25}}, kAllFields);
+}
+
+TEST_F(CapturingAssembler, WhatIsGivenUpIsMissingAndNotWrong) {
+  begin();
+  record(0);
+  assembler.poll();
+  assembler.give_up();
+  give_the_ring_back_and_write_over_it();
+  record(1);
+  ASSERT_TRUE(end());
+  assembler.poll();
+  const test::DecodedCapture got = closed();
+  EXPECT_EQ(got.layer_numbers(), std::vector<uint16_t>{1});
+  expect_rows(got, router, 0, 7, {{10, 13}}, kAllFields);
+}
+
+struct CapturingTwoLanes : CapturingAssembler {
+  CapturingTwoLanes() : CapturingAssembler(2) {}
+};
+
+TEST_F(CapturingTwoLanes, RowsOfSideLanesAreCapturedAsWell) {
+  for (const bool announced : {false, true}) {
+    for (const bool paused : {false, true}) {
+      recorder.pause(paused);
+      begin(announced);
+      record(0);
+      std::thread([&] { record(1); }).join();
+      assembler.poll();
+      ASSERT_TRUE(end());
+      assembler.poll();
+      runs[1].position += runs[1].count;
+    }
+  }
+  EXPECT_EQ(assembler.ready().size(), 2u);
+  EXPECT_EQ(assembler.complete()[1].sequence, 4u);
+  expect_rows(closed(), router, 0, 7, {{10, 22}}, kAllFields);
 }
 
 }  // namespace

@@ -5,8 +5,8 @@ JOB is JSON: a list of what is done one after the other, `[what, arguments]`:
 - `capture`: arguments of `moe_native.capture`, `sampling` those of SamplingParams; `hs`: those of
   `get_moe_router_logits_generate`;
 - `generate`: prompts without a capture; `inputs`: what transformers' own processor makes of prompts.
-A prompt `{"text", "images"}` has pictures in the forms that `image` below knows; `shown` says which these are. What each
-gave is written to ANSWER, a torch file: a list a step, of samples, or `{"error": [class, text]}`.
+A prompt `{"text", "images"}` has pictures in the forms that `image` below knows; `shown` says which these are. What
+each gave is written to ANSWER, a torch file: a list a step, of samples, or `{"error": [class, text]}`.
 """
 
 from __future__ import annotations

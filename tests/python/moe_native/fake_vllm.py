@@ -50,7 +50,7 @@ class Worker:
             additional_config=additional_config, cache_config=SimpleNamespace(enable_prefix_caching=False)
         )
         self.rank, self.device = 0, torch.device("cpu")
-        self.model_config = SimpleNamespace(model="fake")
+        self.model_config = SimpleNamespace(model="fake", max_model_len=64, enforce_eager=True)
         self.model_runner: Any = None
         self.calls: list[str] = []
         self.forward_error: Exception | None = None

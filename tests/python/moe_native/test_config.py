@@ -59,6 +59,15 @@ def test_tiers() -> None:
     assert Config.of_arguments(sample=0.25).recorder_arguments()["sample"] == 0.25
 
 
+@pytest.mark.parametrize(
+    ("value", "on"), [("1", True), ("true", True), ("True", True), ("0", False), ("False", False), ("", False)]
+)
+def test_captures_are_switched_on_and_off(value: str, on: bool) -> None:
+    assert Config.parse({"MOE_NATIVE_CAPTURE": value}).capture is on
+    config = Config.parse({"MOE_NATIVE_CAPTURE": "1"}, {"capture": on})
+    assert config.capture is on and config.trace is None and "capture" not in config.recorder_arguments()
+
+
 @pytest.mark.parametrize("off", [None, "", False])
 def test_additional_config_can_switch_off(off: Any) -> None:
     assert Config.parse({"MOE_NATIVE_TRACE": "/a"}, {"trace": off}).trace is None
@@ -86,6 +95,7 @@ def test_additional_config_can_switch_off(off: Any) -> None:
         ("MOE_NATIVE_WEIGHTS_DTYPE", "float8", "float16 or exact"),
         ("MOE_NATIVE_FLUSH_SECONDS", "0", "above 0"),
         ("MOE_NATIVE_FLUSH_SECONDS", "nan", "above 0"),
+        ("MOE_NATIVE_CAPTURE", "on", "use 1 or 0"),
     ],
 )
 def test_a_wrong_value_names_the_variable_the_value_and_what_is_right(name: str, value: str, hint: str) -> None:

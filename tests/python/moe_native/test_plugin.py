@@ -67,7 +67,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     monkeypatch.setattr(plugin, "_registered", False)
     monkeypatch.setattr(plugin, "_wrap_workers", lambda: calls.append("wrapped"))
-    monkeypatch.delenv("MOE_NATIVE_TRACE", raising=False)
+    for name in ("MOE_NATIVE_TRACE", "MOE_NATIVE_CAPTURE"):
+        monkeypatch.delenv(name, raising=False)
     return calls
 
 
@@ -122,3 +123,38 @@ def test_register_never_raises(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     monkeypatch.setitem(sys.modules, "vllm.v1.worker.worker_base", None)
     plugin.register()
     assert "nothing will be recorded" in caplog.text
+
+
+@pytest.mark.parametrize(("value", "wraps"), [("1", True), ("0", False), ("", False)])
+def test_captures_alone_wrap_workers_too(
+    fresh: list[str], monkeypatch: pytest.MonkeyPatch, value: str, wraps: bool
+) -> None:
+    monkeypatch.setenv("MOE_NATIVE_CAPTURE", value)
+    plugin.register()
+    assert fresh == (["wrapped"] if wraps else [])
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_arming_is_for_engines_that_are_built_afterwards(
+    fresh: list[str], monkeypatch: pytest.MonkeyPatch, loaded: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm.plugins", SimpleNamespace(plugins_loaded=loaded))  # type: ignore[misc]
+    plugin.arm()
+    plugin.arm()
+    assert os.environ["MOE_NATIVE_CAPTURE"] == "1"
+    assert fresh == (["wrapped"] if loaded else [])  # else vLLM is going to call register()
+
+
+def test_what_the_environment_says_already_stays(fresh: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm.plugins", SimpleNamespace(plugins_loaded=True))  # type: ignore[misc]
+    monkeypatch.setenv("MOE_NATIVE_CAPTURE", "0")
+    plugin.arm()
+    assert os.environ["MOE_NATIVE_CAPTURE"] == "0" and fresh == []
+
+
+@pytest.mark.parametrize("module", ["moe_native.captures", "moe_native.hidden_states"])
+def test_importing_what_captures_arms(module: str) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MOE_NATIVE_")}
+    code = f"import os, sys, {module}; print(os.environ['MOE_NATIVE_CAPTURE'], 'vllm' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "1 False", done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +33,8 @@ class FakeRecorder:
         self.begun = 0
         self.fields: tuple[str, ...] = ("ids", "weights")
         self.amended: list[tuple[int, int, int, list[str]]] = []
+        self.directory: Path | None = Path("trace")
+        self.captures = SimpleNamespace(under_way=False)
 
     @property
     def step_number(self) -> int:

@@ -121,26 +121,33 @@ class RingFile:
         }  # fmt: skip
         return self._place(parts(*columns), lane, state, fields)
 
-    def step(self, step, notes=b"", count=0, state=COMMITTED, aborted=False):
+    def rows(self, step):
+        """Whose rows the step will have, for captures."""
+        runs = b"".join(struct.pack("<IIIHH", *run) for run in step.runs)
+        fields = {"step": step.number, "kind": 3, "rows": step.rows, "step_rows": step.rows, "time_ns": step.time_ns}
+        return self._place(runs, 0, COMMITTED, fields | {"runs": len(step.runs), "flags": 16})
+
+    def step(self, step, notes=b"", count=0, state=COMMITTED, aborted=False, flags=0):
         """The step's own record, in lane 0."""
         runs = b"".join(struct.pack("<IIIHH", *run) for run in step.runs)
         tokens = b"" if step.tokens is None else step.tokens.astype("<u4").tobytes()
         fields = {"step": step.number, "kind": 2, "rows": step.rows, "step_rows": step.rows, "time_ns": step.time_ns}
         if aborted:
-            return self._place(b"", 0, state, fields | {"flags": 1})
+            return self._place(b"", 0, state, fields | {"flags": flags | 1})
         fields |= {
             "runs": len(step.runs),
             "tokens": int(step.tokens is not None),
             "notes": count,
             "notes_bytes": len(notes),
+            "flags": flags,
         }
         return self._place(parts(runs, tokens, notes), 0, state, fields)
 
-    def whole(self, step, notes=b"", count=0):
+    def whole(self, step, notes=b"", count=0, flags=0):
         """All records of a step. Returns the sequence of its last."""
         for layer in step.layers:
-            self.layer(step, layer)
-        return self.step(step, notes, count)
+            self.layer(step, layer, flags=flags)
+        return self.step(step, notes, count, flags=flags)
 
     def bytes(self):
         at_descriptors = PAGE * (1 + self.lanes)

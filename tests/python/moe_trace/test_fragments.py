@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 
 import numpy as np
+import pytest
 import ring_bytes as rb
 import segment_bytes as sb
+from crashes import Crash, both_ways, request_notes
 
 import moe_trace
+from moe_trace.cli import LOSSY, main
 
 META = {"model": "tiny", "layers": sb.ledger()}
 (BEFORE, BIG, AFTER), NOTES = sb.make_steps([6, 20, 3], tokens=True)
@@ -96,6 +99,78 @@ def test_a_step_cut_off_by_a_crash(tmp_path):
         trace.layer(0).phase("unknown").counts(), np.bincount(BIG.layers[0]["ids"].ravel(), minlength=60)
     )
     assert trace.layer(0).counts().sum() == 26 * 4
+    assert len(trace.problems) == 2 and "died inside step 1" in trace.problems[1]
+    assert trace.losses == {"incomplete": moe_trace.Loss(0, 1, 20)}
+
+
+CAPTURED = 16
+RANGES = [(0, 0, 20), (3, 0, 5)]
+
+
+def crashed(tmp_path, ranges=RANGES):
+    """A process that died after these ranges of BIG had left its ring, which has nothing else yet."""
+    crash = Crash(tmp_path, arena_bytes=1 << 20)
+    first = crash.ring.whole(BEFORE, *request_notes(NOTES))
+    for layer, start, rows in ranges:
+        last = crash.ring.layer(BIG, layer, start, rows, flags=2)
+    blocks = [
+        sb.rows_block([BEFORE], 0, notes=NOTES, lanes=[(0, 1, first)]),
+        sb.fragment(BIG, ranges, 1, lanes=[(0, first + 1, last)]),
+    ]
+    crash.segments = [sb.segment(blocks, META, closed=False)]
+    return crash
+
+
+def for_captures(ring):
+    ring.rows(BIG)
+    ring.layer(BIG, 3, 5, flags=2 | CAPTURED)
+
+
+@pytest.mark.parametrize("in_ring", [lambda _: None, for_captures], ids=["nothing", "captures"])
+@pytest.mark.parametrize("ranges", [RANGES, RANGES[:1]], ids=["a partial layer", "whole layers"])
+def test_a_step_cut_off_of_which_the_ring_has_nothing_more(tmp_path, capsys, in_ring, ranges):
+    crash = crashed(tmp_path, ranges)
+    in_ring(crash.ring)
+    crash.ring.lose("bad_input", 1, 0, 7)
+    crash.write()
+    lost = {"bad_input": moe_trace.Loss(1, 0, 7)}
+    if ranges == RANGES:
+        lost["incomplete"] = moe_trace.Loss(0, 1, 20)
+    said = "died inside step 1"
+    for time in range(3):
+        trace = moe_trace.open(crash.trace)
+        assert not trace.complete and trace.losses == lost
+        assert len(trace.problems) == 1 and said in trace.problems[0]
+        assert np.array_equal(trace.layer(0).ids, sb.of_rows([BEFORE, BIG], 0)) and trace.layer(3).rows == 6
+        assert trace.layer(0).phase("unknown").rows == 20
+        files = {path: path.read_bytes() for path in crash.trace.rglob("*") if path.is_file()}
+        assert main(["recover", str(crash.trace)]) == LOSSY
+        out = capsys.readouterr()
+        assert said in (out.out if time == 0 else out.err)
+        if time > 0:
+            assert files == {path: path.read_bytes() for path in crash.trace.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("rest", [False, True])
+@pytest.mark.parametrize("flags", [0, CAPTURED])
+def test_a_step_that_never_got_its_record_takes_its_fragments_back(tmp_path, rest, flags):
+    """A later one shows that the process did not die in it: its end found no room and was counted."""
+    crash = crashed(tmp_path)
+    if rest:
+        crash.ring.layer(BIG, 3, 5, flags=2)
+    crash.ring.lose("ring_full", 1, 2, 20)
+    crash.ring.whole(AFTER, flags=flags)
+    crash.write()
+    assert moe_trace.open(crash.trace).losses == {"ring_full": moe_trace.Loss(1, 2, 20)}
+    report = both_ways(crash, [BEFORE] if flags else [BEFORE, AFTER])
+    assert report.problems == [] and moe_trace.open(crash.trace).losses == {"ring_full": moe_trace.Loss(1, 2, 20)}
+
+
+def test_an_aborted_step_that_was_the_last_is_not_counted(tmp_path):
+    crash = crashed(tmp_path)
+    crash.ring.step(BIG, aborted=True)
+    crash.write()
+    both_ways(crash, [BEFORE])
 
 
 def test_the_open_step_of_a_live_process_is_not_read_yet(tmp_path):

@@ -105,6 +105,109 @@ def test_layers_may_differ_in_experts_and_be_empty():
     assert len(above.lines) == 1, "an id that no layer with rows has is not 'never chosen'"
 
 
+def counts_of(groups, experts):
+    random = np.random.default_rng(experts)
+    return {name: random.integers(1, 500, size=experts) for name in groups}
+
+
+def bars_of(axes):
+    """Of each group its bars, in the order of the legend: `[groups, experts]` places and heights, and the colours."""
+    places = [[patch.get_x() + patch.get_width() / 2 for patch in group] for group in axes.containers]
+    heights = [[patch.get_height() for patch in group] for group in axes.containers]
+    return np.array(places), np.array(heights), [group[0].get_facecolor() for group in axes.containers]
+
+
+@pytest.mark.parametrize("experts", [1, 8, 32])
+def test_groups_of_few_experts_are_all_drawn(experts):
+    from matplotlib.colors import to_rgba
+
+    counts = counts_of(["text", "image", "sound"], experts)
+    (axes,) = plots.groups_histogram(counts, title="a model · layer 3", note="9 prompts").axes
+    places, heights, colours = bars_of(axes)
+    np.testing.assert_allclose(heights, [count / count.sum() for count in counts.values()])
+    assert colours == [to_rgba(colour) for colour in ("#0072B2", "#E69F00", "#009E73")]
+    np.testing.assert_allclose(places.mean(axis=0), np.arange(experts), atol=1e-9)  # around its expert
+    width = axes.patches[0].get_width()
+    np.testing.assert_allclose(np.diff(places, axis=0), width)  # side by side
+    assert 3 * width < 1
+    assert [label.get_text() for label in axes.get_xticklabels()] == [str(e) for e in range(experts)]
+    (line,) = axes.lines
+    assert set(line.get_ydata()) == {1 / experts}
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        *(f"{name}, {count.sum():,} assignments" for name, count in counts.items()),
+        f"uniform, {100 / experts:.2f} %",
+    ]
+    assert axes.get_title(loc="left") == "a model · layer 3" and "9 prompts" in labels(axes)
+
+
+def test_of_many_experts_those_that_differ_are_drawn_and_all_are_in_the_map():
+    counts = {name: np.full(128, 100) for name in ("text", "image", "sound")}
+    counts["sound"][7], counts["sound"][8], counts["sound"][9] = 300, 400, 0
+    counts["text"][100], counts["image"][3] = 350, 250
+    figure = plots.groups_histogram(counts, title="m", top=5)
+    above, below, _colours = figure.axes
+    share = np.stack([count / count.sum() for count in counts.values()])
+    # Text has the most of expert 100, images of 3 and, of fewer assignments in all than text's, of 9.
+    order = [100, 3, 9, 8, 7]
+    assert [label.get_text() for label in above.get_xticklabels()] == [str(e) for e in order]
+    np.testing.assert_allclose(bars_of(above)[1], share[:, order])
+    assert above.get_xlabel().startswith("the 5 of 128 experts that differ most")
+    assert [line.get_xdata()[0] for line in above.lines if line.get_linestyle() == ":"] == [0.5, 2.5]
+    drawn = below.images[0].get_array()
+    np.testing.assert_allclose(drawn[share > 0], (share * 128)[share > 0])
+    assert drawn.shape == (3, 128) and drawn[2, 9] < below.images[0].norm.vmin
+    assert [label.get_text() for label in below.get_yticklabels()] == list(counts)
+    assert sorted(x for x, _ in below.collections[0].get_offsets()) == sorted(order)
+    assert "never chosen" in below.get_xlabel()
+
+
+@pytest.mark.parametrize(
+    ("experts", "groups"),
+    [
+        (8, ["text", "image"]),
+        (32, ["prompt", "early generation", "late generation"]),
+        (33, [f"kind {n}" for n in range(8)]),
+        (256, [f"a long name of a kind of picture {n}" for n in range(8)]),
+        (2048, ["text", "image"]),
+    ],
+)
+def test_labels_of_groups_stay_apart_and_inside(experts, groups):
+    figure = plots.groups_histogram(counts_of(groups, experts), title="a model", note="note")
+    figure.draw_without_rendering()
+    whole = figure.bbox
+    for axes in figure.axes:
+        box = axes.get_tightbbox()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= whole.x1 and box.y1 <= whole.y1
+        for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
+            boxes = [tick.get_window_extent() for tick in ticks if tick.get_text()]
+            assert not any(left.overlaps(right) for left, right in pairwise(boxes))
+    axes = figure.axes[0]
+    legend = axes.get_legend().get_window_extent()
+    note, title = axes.texts[0].get_window_extent(), axes._left_title.get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= whole.x1 and legend.y0 >= axes.bbox.y1
+    assert legend.y1 <= note.y0 + 4 and note.y1 <= title.y0 and title.y1 <= whole.y1
+
+
+def test_the_colours_of_groups_differ_in_brightness():
+    from matplotlib.colors import to_rgb
+
+    grey = [float(np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722))) for colour in plots.GROUPS]
+    assert len(set(plots.GROUPS)) == 8
+    assert all(abs(a - b) > 0.1 for a, b in pairwise(grey)), grey
+
+
+def test_groups_that_cannot_be_compared_are_refused():
+    with pytest.raises(ValueError, match="all counts of image are 0"):
+        plots.groups_histogram({"text": [1, 2], "image": [0, 0]}, title="")
+    with pytest.raises(ValueError, match=r"same layer, not text \(2,\), image \(3,\)"):
+        plots.groups_histogram({"text": [1, 2], "image": [1, 2, 3]}, title="")
+    with pytest.raises(ValueError, match=r"\[experts\] of the same layer"):
+        plots.groups_histogram({"text": [[1, 2]], "image": [[1, 2]]}, title="")
+    for number in (0, 9):
+        with pytest.raises(ValueError, match=f"{number} groups: give at least one, and at most 8"):
+            plots.groups_histogram({str(n): [1] for n in range(number)}, title="")
+
+
 @pytest.mark.parametrize("ending", plots.FORMATS)
 def test_save_writes_the_format_of_the_ending(tmp_path, ending):
     path = tmp_path / f"picture.{ending}"

@@ -28,6 +28,19 @@ def _dies(call, left):
     return wrapped
 
 
+def _recovers(path, monkeypatch, calls):
+    """Recovery by a process that dies at a system call, after so many. Returns whether it finished before."""
+    left = iter(range(calls))
+    with monkeypatch.context() as patch:
+        for name in ("pwrite", "rename", "replace", "unlink", "fdatasync"):
+            patch.setattr(os, name, _dies(getattr(os, name), left))
+        try:
+            moe_trace.recover(path)
+        except Killed:
+            return False
+    return True
+
+
 def _in_a_segment(steps, notes, ends):
     return [sb.rows_block(steps[:2], notes=notes, lanes=[(0, 1, ends[1])])]
 
@@ -44,7 +57,6 @@ def test_recovery_is_exactly_once_when_it_is_killed_on_its_way(tmp_path, monkeyp
     the trace then, and for whoever had it open.
     """
     steps, notes = sb.make_steps([5, 6, 7, 2, 9])
-    calls = ("pwrite", "rename", "replace", "unlink", "fdatasync")
     for n in range(200):
         crash = Crash(tmp_path / str(n))
         (tmp_path / str(n)).mkdir()
@@ -54,15 +66,7 @@ def test_recovery_is_exactly_once_when_it_is_killed_on_its_way(tmp_path, monkeyp
         readers = [moe_trace.open(crash.trace) for _ in range(3)]
         assert readers[0].state == "crashed" and len(readers[1].ranks[0].segments) == 1
         check(readers[2], steps)
-        left = iter(range(n))
-        with monkeypatch.context() as patch:
-            for name in calls:
-                patch.setattr(os, name, _dies(getattr(os, name), left))
-            try:
-                moe_trace.recover(crash.trace)
-                finished = True
-            except Killed:
-                finished = False
+        finished = _recovers(crash.trace, monkeypatch, n)
         check(moe_trace.open(crash.trace), steps)
         check(readers[n % 2], steps)
         moe_trace.recover(crash.trace)
@@ -71,6 +75,42 @@ def test_recovery_is_exactly_once_when_it_is_killed_on_its_way(tmp_path, monkeyp
         assert not crash.path.exists() and moe_trace.open(crash.trace).state == "closed"
         if finished:
             assert n >= 3, "the calls of recovery were not counted"
+            return
+    pytest.fail("recovery never finished")
+
+
+def _last_in_the_ring(ring, steps):
+    """Layer 0 is whole, layer 3 is not."""
+    ring.layer(steps[2], 0)
+    ring.layer(steps[2], 3, 0, 4)
+
+
+def _last_in_a_fragment(ring, steps):
+    _last_in_the_ring(ring, steps)
+    last = ring.sequence[0]
+    return [sb.fragment(steps[2], [(0, 0, 7), (3, 0, 4)], 1, lanes=[(0, last - 1, last)])]
+
+
+@pytest.mark.parametrize("cut", [_last_in_the_ring, _last_in_a_fragment])
+def test_a_recovery_that_is_killed_on_its_way_keeps_what_was_said(tmp_path, monkeypatch, cut):
+    """Of the step in which the process died, and of the layer of which it lacks rows."""
+    steps, notes = sb.make_steps([5, 6, 7])
+    for n in range(200):
+        crash = Crash(tmp_path / str(n))
+        (tmp_path / str(n)).mkdir()
+        ends = [crash.ring.whole(step, *request_notes(notes if i == 0 else [])) for i, step in enumerate(steps[:2])]
+        blocks = [*_in_a_segment(steps, notes, ends), *(cut(crash.ring, steps) or ())]
+        crash.segments = [sb.segment(blocks, META, closed=False)]
+        crash.ring.lose("ring_full", 1, 2, 9)
+        crash.write()
+        finished = _recovers(crash.trace, monkeypatch, n)
+        for _ in range(2):
+            trace = moe_trace.open(crash.trace)
+            assert len(trace.problems) == 1 and "died inside step 2" in trace.problems[0]
+            lost = {"ring_full": moe_trace.Loss(1, 2, 9), "incomplete": moe_trace.Loss(0, 1, 7)}
+            assert trace.losses == lost and trace.layer(0).rows == 18 and trace.layer(3).rows == 11
+            moe_trace.recover(crash.trace)
+        if finished:
             return
     pytest.fail("recovery never finished")
 
