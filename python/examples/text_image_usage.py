@@ -9,7 +9,7 @@ the other, is that modality's. With more than 32 experts, bars are drawn of the 
 first; the map below has all of them. What is printed says how far the two are apart as a whole.
 
 Without `--model` a small random checkpoint is made. It has learned nothing: it shows the mechanics, no specialisation.
-Text and images part in it all the same, so do not take a gap by itself for something learned: compare layers, or models.
+Text and images part in it all the same, so do not take a gap by itself for something learned: compare layers, models.
 """
 
 from __future__ import annotations
