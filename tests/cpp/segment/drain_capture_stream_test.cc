@@ -63,12 +63,16 @@ TEST_P(EachWay, EveryCapturedRowOfAStepLargerThanTheRingIsExact) {
   if (!way.traced) return;
   const auto all = blocks();
   EXPECT_EQ(steps_in(all), way.paused ? 0u : 3u);
-  uint64_t ids = 0;
+  uint64_t ids = 0, next_record = 1;
   for (const DecodedBlock& block : all) {
+    EXPECT_TRUE(!way.paused || block.header.kind == BlockKind::kRows) << "nothing of the step, not even a fragment";
     for (const DirectoryEntry& e : block.entries) {
       EXPECT_NE(e.field, EntryField::kLogits);
       EXPECT_NE(e.field, EntryField::kHidden);
       if (e.field == EntryField::kIds) ids += e.rows;
+      if (e.field != EntryField::kLanes || e.rows == 0) continue;
+      EXPECT_EQ(block.cell(EntryField::kLanes, 0, 2, 8), next_record) << "a block has each record";
+      next_record = block.cell(EntryField::kLanes, 0, 10, 8) + 1;
     }
   }
   EXPECT_EQ(ids, way.paused ? 0u : 3u * kRows * kLayers);

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_llm import LLM, SamplingParams, Worker
+from fake_llm import LLM, SamplingParams, Worker, shut_down
 
 import moe_native
 from moe_native.captures.sample import ByLayer, Sample
@@ -32,8 +32,9 @@ PROMPTS: list[Any] = [
 
 
 @pytest.fixture(scope="module")
-def llm() -> LLM:
-    return LLM(Worker((2, 5), logits=torch.bfloat16))
+def llm() -> Iterator[LLM]:
+    yield LLM(Worker((2, 5), logits=torch.bfloat16))
+    shut_down()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_llm import LLM, SamplingParams, Worker
+from fake_llm import LLM, SamplingParams, Worker, shut_down
 
 import moe_native
 import moe_trace
@@ -23,6 +24,12 @@ from moe_trace import format as fmt
 
 STORED = {torch.float16: 4, torch.bfloat16: fmt.BFLOAT16, torch.float32: 6}  # csrc/FORMAT.md
 ALL = ("ids", "weights", "logits", "hidden")
+
+
+@pytest.fixture(autouse=True)
+def workers_end() -> Iterator[None]:
+    yield
+    shut_down()
 
 
 def picture(first: int, length: int) -> Any:
