@@ -78,6 +78,10 @@ class Capturing:
         self.changed = True
         return number, handle
 
+    def is_open(self, number: int) -> bool:
+        """Whether a capture is; one whose caller has died is closed when another one is opened."""
+        return number in self._wants
+
     def add(self, number: int, request: int, *, sample: int, child: int, capacity: int) -> bool:
         """The rows of a request, by its index, belong to a capture, as its caller's `sample`, and in that the
         `child`-th of its samplings; room for `capacity` positions. False: the capture is closed."""

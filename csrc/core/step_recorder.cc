@@ -152,7 +152,7 @@ Begun StepRecorder::begin(int64_t rows) noexcept {
   failed_.store(-1, std::memory_order_relaxed);
   claimed_lanes_.store(0, std::memory_order_relaxed);
   open_step_.store(step + 1, std::memory_order_release);
-  return traced_ ? Begun::kAdmitted : Begun::kCaptured;
+  return traced_ ? Begun::kAdmitted : Begun::kForCaptures;
 }
 
 // Nothing is lost without it, so it does not wait.

@@ -66,8 +66,8 @@ struct StepTable {
   uint32_t note_count = 0;
 };
 
-// kCaptured: admitted, for captures alone; the trace is paused.
-enum class Begun { kAdmitted, kRefused, kPaused, kNested, kCaptured };
+// kForCaptures: admitted, and the trace does not have it, because it is paused.
+enum class Begun { kAdmitted, kRefused, kPaused, kNested, kForCaptures };
 
 class StepRecorder {
  public:

@@ -311,7 +311,7 @@ PYBIND11_MODULE(_C, m) {
     }
   });
   m.attr("ADMITTED") = static_cast<int>(Begun::kAdmitted);
-  m.attr("CAPTURED") = static_cast<int>(Begun::kCaptured);
+  m.attr("CAPTURED") = static_cast<int>(Begun::kForCaptures);
   m.attr("MESSAGES") = kMessages;
   define_direct(m);
   define_request_rows(m);

@@ -124,9 +124,7 @@ void Assembler::finish(const Descriptor& d, const std::byte* payload) {
   const StepParts at = step_parts(d.runs, d.tokens != 0, d.rows, d.notes_bytes);
   const std::span<const Run> runs(reinterpret_cast<const Run*>(payload), d.runs);
   if ((d.flags & kStepAborted) == 0) hand_over(runs);
-  open_.captured.clear();
-  open_.kept.clear();
-  open_.captured_in_kept = 0;
+  open_.drop_captured();
   if ((d.flags & kCapturedOnly) != 0) {  // for the trace it does not exist
     open_ = StepData{};
     return;
@@ -156,9 +154,7 @@ void Assembler::finish(const Descriptor& d, const std::byte* payload) {
 void Assembler::hand_over(std::span<const Run> runs) {
   if (open_.captured.empty()) return;
   captures_.take(runs, open_.captured);
-  open_.captured.clear();
-  open_.kept.clear();
-  open_.captured_in_kept = 0;
+  open_.drop_captured();
 }
 
 void Assembler::keep_captured() {
@@ -231,9 +227,7 @@ void Assembler::give_up() noexcept {
   }
   ready_.clear();
   lose_open();
-  open_.captured.clear();
-  open_.kept.clear();
-  open_.captured_in_kept = 0;
+  open_.drop_captured();
   for (size_t i = 0; i < lanes_.size(); ++i) {
     released_[i] = lanes_[i].position();
     lanes_[i].release(released_[i]);

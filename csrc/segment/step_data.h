@@ -56,6 +56,11 @@ struct StepData {
   std::vector<Piece> captured;  // what captures have not taken yet: in the ring, or else in `kept`
   size_t captured_in_kept = 0;  // so many of the first ones
   std::vector<std::vector<std::byte>> kept;
+  void drop_captured() noexcept {
+    captured.clear();
+    kept.clear();
+    captured_in_kept = 0;
+  }
   std::vector<Run> announced;      // whose rows it will have, where that is known before it is complete
   std::vector<LayerShape> shapes;  // of its layers, ascending, once it is complete
   std::vector<WrittenPiece> written;

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moe_native.captures.errors import CaptureError
+
 FIELDS = ("ids", "weights", "logits", "hidden")  # the columns of a plot, in their order
 
 _HEAD = np.dtype([("magic", "S8"), ("layers", "<u4"), ("requests", "<u4"), ("spans", "<u4"), ("zero", "<u4")])
@@ -98,7 +100,7 @@ class _Index:
         self._memory = memory
         head = np.frombuffer(memory, _HEAD, 1, at)[0]
         if head["magic"] != b"MOECAPT1":
-            raise ValueError("this is not the memory of a capture: the worker has another version of moe_native")
+            raise CaptureError("this is not the memory of a capture: the worker has another version of moe_native")
         at += _HEAD.itemsize
 
         def table(dtype: npt.DTypeLike, items: int) -> npt.NDArray[Any]:

@@ -64,6 +64,8 @@ class Captures:
 
     def _open(self, token: int, fields: list[str], layers: list[int] | None) -> dict[str, Any]:
         number, handle = self._recorder.captures.open(wanted(fields, layers))
+        for other in [each for each, known in self._numbers.items() if not self._recorder.captures.is_open(known)]:
+            del self._numbers[other], self._taken[other]  # its caller has died
         self._numbers[token] = number
         self._taken[token] = []
         return {

@@ -77,6 +77,8 @@ class Steps:
         open."""
         self._announced = self._scheduled = None
         if self._idle:
+            for internal in list(self._internal.values()):  # followed beside what was captured
+                self._forget(internal)
             return False
         self._fates.take_late()
         for request in scheduler_output.finished_req_ids:
@@ -106,7 +108,7 @@ class Steps:
     def _idle(self) -> bool:
         """Whether there is neither a trace nor a capture that wants anything."""
         captures = self._captures
-        return self._recorder.directory is None and (captures is None or captures.idle) and len(self._requests) == 0
+        return self._recorder.directory is None and (captures is None or captures.idle)
 
     def announce(self) -> None:
         """Tell captures early whose rows the open step has, where the batch says it before the forward pass."""

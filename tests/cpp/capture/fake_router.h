@@ -89,7 +89,7 @@ inline bool execute(StepRecorder& recorder, const std::vector<Binding*>& layers,
   RowSpan span;
   for (const Run& run : runs) span.count += run.count;
   const Begun begun = recorder.begin_step({&span, 1});
-  if (begun != Begun::kAdmitted && begun != Begun::kCaptured) return false;
+  if (begun != Begun::kAdmitted && begun != Begun::kForCaptures) return false;
   if (how.announced) recorder.announce(runs);
   for (Binding* b : layers) recorder.record(*b, FakeTensors(router, b->layer, runs, how.again).input());
   StepTable table;

@@ -88,7 +88,7 @@ TEST_F(StepRecorderCaptureTest, PausedStepsAreRecordedForCapturesAlone) {
   const auto layers = test::bind_layers(recorder, 2, 60, 4);
   want({layers[1]}, kFieldIds);
   recorder.pause(true);
-  ASSERT_EQ(begin(3), Begun::kCaptured);
+  ASSERT_EQ(begin(3), Begun::kForCaptures);
   EXPECT_TRUE(recorder.step_open());
   recorder.abort_step();
   ASSERT_TRUE(execute(layers, {run(0, 0, 3)}));

@@ -64,7 +64,7 @@ TEST_F(DrainCaptureTest, WithoutATraceThereIsNoFileAndNoStepButCapturedOnes) {
   Caller caller(recording);
   caller.add(7, 0, 20);
   const RowSpan span{0, 4};
-  EXPECT_EQ(recording.steps().begin_step({&span, 1}), Begun::kCaptured);
+  EXPECT_EQ(recording.steps().begin_step({&span, 1}), Begun::kForCaptures);
   recording.steps().abort_step();
   ASSERT_TRUE(execute(recording.steps(), layers, router, {run(7, 4, 4)}));
   EXPECT_TRUE(recording.drain().flush(10));
@@ -97,7 +97,7 @@ TEST_F(DrainCaptureTest, StepsThatNobodyAddedARequestForFillNoRing) {
   for (uint32_t step = 0; step < 500; ++step) {
     ASSERT_TRUE(execute(recording.steps(), layers, router, {run(7, step, 5)}));
     const RowSpan span{0, 5};
-    ASSERT_EQ(recording.steps().begin_step({&span, 1}), Begun::kCaptured);
+    ASSERT_EQ(recording.steps().begin_step({&span, 1}), Begun::kForCaptures);
     recording.steps().record(*layers[0], test::FakeTensors(router, 0, Runs{run(7, step, 5)}).input());
     recording.steps().abort_step();
   }

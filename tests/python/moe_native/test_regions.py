@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_native.captures.errors import CaptureError
 from moe_native.captures.regions import Column, Memory, gap, joined
 
 U8, U16, F16, BF16, F32 = 1, 2, 4, 5, 6  # csrc/core/dtype.h
@@ -117,7 +118,7 @@ def test_an_index_of_nothing(file: File) -> None:
 
 def test_another_version_is_told(file: File) -> None:
     file.put(INDEX, b"MOECAPT2" + bytes(16))
-    with pytest.raises(ValueError, match="another version of moe_native"):
+    with pytest.raises(CaptureError, match="another version of moe_native"):
         file.read()
     assert not file.locked
 

@@ -243,8 +243,10 @@ def test_without_a_trace_steps_are_opened_for_captured_requests_alone(worker: Wo
     recorder.told.clear()
     assert not worker.step((A, [7]), finished=[B])
     assert not recorder.captures.under_way and recorder.told == [("begin", 1)]
-    assert not worker.step(finished=[A])
     recorder.told.clear()
+    assert not worker.step((A, [8]))  # which goes on, and is nobody's concern any more
+    assert recorder.told == [] and len(steps._requests) == 0
+    assert not worker.step(finished=[A])
     assert not worker.step((C, range(3)), new=[new(C, mark=None)])
     assert recorder.told == [] and worker.captures.idle and len(steps._requests) == 0
 
@@ -337,7 +339,7 @@ def test_steps_without_captures_are_not_announced() -> None:
     engine.recorder.announce = lambda runs: pytest.fail("it was announced")  # type: ignore[attr-defined]
     engine.step({A: (0, 2)}, new={A: 2})
     engine.steps.announce()
-    engine.recorder.directory = None  # and with neither trace nor captures there are no steps once all have ended
-    assert engine.step({A: (2, 1)}) is not None
+    engine.recorder.directory = None  # and with neither trace nor captures there are no steps, and nobody is followed
+    assert engine.step({A: (2, 1)}) is None and engine.recorder.active == {}
     engine.step({}, finished=(A,))
     assert engine.step({B: (0, 2)}, new={B: 2}) is None and engine.recorder.active == {}
