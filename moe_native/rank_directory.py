@@ -125,6 +125,16 @@ class RankFile:
         """Nothing more will be written: anybody may touch the rank now."""
         self._lock.release()
 
+    def sync(self) -> None:
+        """Wait until the disk has the last segment, as it has those before: it survives a power cut then. Raises
+        OSError."""
+        for segment in sorted(self.path.parent.glob("*.moe"))[-1:]:
+            handle = os.open(segment, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fdatasync(handle)
+            finally:
+                os.close(handle)
+
 
 class _DirectoryLock:
     """`flock` on a directory. Where the file system has none, it does nothing, and nobody recovers from there."""

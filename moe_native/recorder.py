@@ -548,6 +548,10 @@ class Recorder:
         with contextlib.suppress(OSError):  # the segments are whole either way, and say so themselves
             self._file.update(ring=None, closed=True, metadata=self._metadata.items, losses=counters["lost"])
         self._file.release()
+        with contextlib.suppress(
+            OSError
+        ):  # last, as a busy disk takes seconds, and vLLM kills a worker 5 s after its end
+            self._file.sync()
         if counters["lost"]:
             log.warning("moe_native: %s: lost %s", self.directory, json.dumps(counters["lost"]))
         elif self._bindings and not counters["steps_begun"]:

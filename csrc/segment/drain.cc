@@ -161,7 +161,7 @@ void Drain::write(bool all, bool stop) {
   write_ready(all);
   write_fragment();
   if (all) write_bookkeeping();
-  if (stop) close_segment();
+  if (stop) close_segment(Sync::kLeaveToCaller);
 }
 
 // Without a trace, what captures have taken is not needed any more.
@@ -277,7 +277,7 @@ bool Drain::write_block(std::span<const StepData* const> steps, const std::vecto
   requests_.written();
   totals_.rows.fetch_add(rows, std::memory_order_relaxed);
   totals_.stored_rows.fetch_add(builder_.header().rows, std::memory_order_relaxed);
-  if (segment_.bytes() >= options_.segment_bytes) close_segment();
+  if (segment_.bytes() >= options_.segment_bytes) close_segment(Sync::kWait);
   return true;
 }
 
@@ -319,12 +319,12 @@ bool Drain::ensure_segment() {
   return true;
 }
 
-void Drain::close_segment() {
+void Drain::close_segment(Sync sync) {
   if (!segment_.is_open()) return;
   BlockExtras extras;
   extras.number = next_block_;
   extras.losses = losses();
-  const int error = segment_.close(builder_, extras);
+  const int error = segment_.close(builder_, extras, sync);
   if (error != 0) {  // its blocks are there
     messages_.post("a segment in " + options_.identity.directory +
                    " could not be closed, and will be read as torn: " + std::generic_category().message(error));

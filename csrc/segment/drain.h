@@ -50,7 +50,9 @@ class Drain {
   // True: captures have what was committed before the call. False: not within `seconds`.
   bool catch_up(double seconds);
   Captures& captures() { return captures_; }
-  void close();                         // writes what is there, closes the segment, ends the thread
+  // Writes what is there, closes the segment, ends the thread. It does not wait for the disk: who ends a process may
+  // kill it soon (vLLM does after 5 s).
+  void close();
   void set_metadata(std::string json);  // for the segments that begin from now on
   const DrainTotals& totals() const { return totals_; }
 
@@ -69,7 +71,7 @@ class Drain {
   bool write_block(std::span<const StepData* const> steps, const std::vector<LaneConsumer::Position>& end);
   bool store(const std::vector<LaneConsumer::Position>& end);
   bool ensure_segment();
-  void close_segment();
+  void close_segment(Sync sync);
   void io_failed(const char* what, int error);
   BlockExtras extras_for(const std::vector<LaneConsumer::Position>& end) const;
   std::vector<LossTotals> losses() const;

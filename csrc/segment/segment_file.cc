@@ -106,7 +106,7 @@ Table SegmentFile::index_table() const {
   return table;
 }
 
-int SegmentFile::close(BlockBuilder& builder, const BlockExtras& extras) {
+int SegmentFile::close(BlockBuilder& builder, const BlockExtras& extras, Sync sync) {
   const uint64_t first = index_.empty() ? 0 : index_.front().header.first_step;
   const uint64_t last = index_.empty() ? 0 : index_.back().header.last_step;
   uint64_t rows = 0, executed = 0;
@@ -123,8 +123,7 @@ int SegmentFile::close(BlockBuilder& builder, const BlockExtras& extras) {
   trailer.crc = crc32(&trailer, offsetof(Trailer, crc));
   std::memcpy(trailer.magic, kTrailerMagic, sizeof kTrailerMagic);
   if (error == 0) error = write(&trailer, sizeof trailer, trailer.file_bytes - sizeof trailer);
-  // A closed segment also survives a power cut.
-  if (error == 0 && ::fdatasync(fd_) != 0) error = errno;
+  if (error == 0 && sync == Sync::kWait && ::fdatasync(fd_) != 0) error = errno;
   if (error == 0 && ::rename((path_ + ".open").c_str(), path_.c_str()) != 0) error = errno;
   abandon();
   return error;

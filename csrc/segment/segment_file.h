@@ -19,6 +19,9 @@ struct SegmentIdentity {
   std::string directory;  // of the rank
 };
 
+// Whether closing waits until the disk has the segment, so that it survives a power cut from then on.
+enum class Sync { kWait, kLeaveToCaller };
+
 class SegmentFile {
  public:
   SegmentFile() = default;
@@ -30,7 +33,7 @@ class SegmentFile {
   // readable.
   int create(const SegmentIdentity& identity, uint64_t number, const std::string& metadata, Compressor& compressor);
   int append(const BlockBuilder& block);
-  int close(BlockBuilder& builder, const BlockExtras& extras);
+  int close(BlockBuilder& builder, const BlockExtras& extras, Sync sync);
   void abandon() noexcept;
 
   bool is_open() const { return fd_ >= 0; }

@@ -53,7 +53,7 @@ TEST_F(SegmentFileTest, ClosedHasFooterTrailerAndItsFinalName) {
   EXPECT_TRUE(fs::exists(directory / "000003.moe.open"));
   append_steps(file, 2);
   append_steps(file, 3);
-  ASSERT_EQ(file.close(builder, extras), 0);
+  ASSERT_EQ(file.close(builder, extras, Sync::kWait), 0);
   EXPECT_FALSE(fs::exists(directory / "000003.moe.open"));
   const std::string path = directory / "000003.moe";
   struct stat s {};

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -10,6 +11,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -344,6 +346,24 @@ def test_the_length_of_a_prompt_may_come_late(tmp_path):
     trace = moe_trace.open(tmp_path / "t")
     assert trace.requests["a"].info["prompt_len"] == 4
     assert [trace.phase(phase).layer(0).rows for phase in ("unknown", "prefill", "decode")] == [4, 4, 4]
+
+
+def test_closing_waits_for_the_disk_only_when_nothing_else_is_left(tmp_path, monkeypatch):
+    """vLLM kills a worker 5 s after it was told to end, and a busy disk takes longer."""
+    seen = []
+
+    def killed_while_it_waits(handle):
+        seen.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        raise OSError(errno.EIO, "as if killed")
+
+    with moe_native.Recorder(tmp_path / "t") as recorder:
+        program = Program(recorder)
+        with recorder.step(rows=2):
+            program.forward(2)
+        monkeypatch.setattr(os, "fdatasync", killed_while_it_waits)
+    trace = moe_trace.open(tmp_path / "t")
+    assert seen == ["000000.moe"]
+    assert [rank.state for rank in trace.ranks] == ["closed"] and trace.rows == 2 and not trace.problems
 
 
 def test_a_recorder_that_is_dropped_closes_its_trace(tmp_path):
