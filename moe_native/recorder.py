@@ -499,13 +499,13 @@ class Recorder:
         return dict(self._core.counters())
 
     def status(self) -> dict[str, Any]:
-        """How it stands, in plain types: `directory` (None: no trace), `state` (`recording`, `paused` or `closed`),
-        `fields`, `layers` (None: all) and `sample` as they are from the next step on, and of `counters()` the `steps`,
-        `rows`, `rows_stored`, `lost` and `paused`."""
+        """How it stands, in plain types: `directory` (None: no trace), `state` (`recording`, `paused` or `closed`;
+        without a trace `idle` while nothing is captured), `fields`, `layers` (None: all) and `sample` as they are from
+        the next step on, and of `counters()` the `steps`, `rows`, `rows_stored`, `lost` and `paused`."""
         tier, c = self._sampling.next, self.counters()
         return {
             "directory": None if self.directory is None else str(self.directory),
-            "state": "closed" if self._closed else "paused" if self._core.paused else "recording",
+            "state": self._standing(),
             "fields": list(tier.fields),
             "layers": None if tier.layers is None else sorted(tier.layers),
             "sample": tier.sample,
@@ -573,11 +573,18 @@ class Recorder:
         if not self._core.here:
             return f"<moe_native.Recorder of the parent process {self.directory}>"
         c = self.counters()
-        state = "closed" if self._closed else "recording"
+        state = self._standing()
         if self.directory is None:
             return f"<moe_native.Recorder {state}, without a trace: {count(len(self.captures), 'capture')}>"
         steps, rows = c["steps_committed"], c["rows_written"]
         return f"<moe_native.Recorder {state} {self.directory}: {steps} steps, {rows} rows written>"
+
+    def _standing(self) -> str:
+        if self._closed:
+            return "closed"
+        if self.directory is None:
+            return "recording" if len(self.captures) else "idle"
+        return "paused" if self._core.paused else "recording"
 
     def _log_messages(self) -> None:
         for text in self._core.take_messages():

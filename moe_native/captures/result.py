@@ -122,6 +122,8 @@ def _sample(output: Any, key: Key, layers: Sequence[int], fields: Sequence[str],
     generated = list(output.outputs[place].token_ids)
     tokens = None if output.prompt_token_ids is None else [*output.prompt_token_ids, *generated]
     prompt_len = int(known["prompt"]) if tokens is None else len(output.prompt_token_ids)
+    if prompt_len < 0:
+        raise CaptureError(f"this vLLM does not say how long prompt {number} is, which was given as embeddings")
     rows = prompt_len + max(len(generated) - 1, 0)
     columns: dict[tuple[str, int], list[Column]] = {}
     for part in found:

@@ -134,16 +134,17 @@ class Sample:
     @property
     def prefill(self) -> Sample:
         """The rows of the prompt."""
-        return self.tokens(self._first, min(self._end, max(self.prompt_len, self._first)))
+        return self.tokens(0, self.prompt_len)
 
     @property
     def decode(self) -> Sample:
         """The rows of generated tokens. The last one generated was not executed, so it has none."""
-        return self.tokens(max(self._first, min(self.prompt_len, self._end)), self._end)
+        return self.tokens(self.prompt_len)
 
-    def tokens(self, first: int, end: int) -> Sample:
-        """The rows at the positions from `first` to before `end`, as far as they are here. Negative ones count from the
-        end of the sample."""
+    def tokens(self, first: int = 0, end: int | None = None) -> Sample:
+        """The rows at the positions from `first` to before `end` (None: to the end), as far as they are here. Negative
+        ones count from the end of the sample."""
+        end = self._rows if end is None else end
         first, end = (self._rows + each if each < 0 else each for each in (first, end))
         first = min(max(first, self._first), self._end)
         return Sample(

@@ -227,8 +227,10 @@ class Steps:
         """A request that is scheduled for the first time, or again after it was preempted."""
         if hasattr(data, "prompt_len"):
             prompt = data.prompt_len
-        else:  # without it, a prompt of embeddings has no tokens
-            prompt = -1 if data.prompt_token_ids is None else len(data.prompt_token_ids)
+        else:
+            given = data.prompt_token_ids
+            given = getattr(data, "prompt_embeds", None) if given is None else given
+            prompt = -1 if given is None else len(given)
         request = self._requests.get(data.req_id)
         if request is None:
             request = self._add(data.req_id, prompt)

@@ -1,11 +1,13 @@
 """What a capture adds to the wall time of `generate`: the same prompts, captured and not, in turn in one engine.
 
-`null`: pairs of plain `generate` calls, which says how much of it is noise.
+A turn is one capture and two plain `generate`, in any order: the ratio is that of the capture and their (geometric)
+mean, and that of the two says how much of it is noise.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import sys
@@ -24,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=16, help="generated, of each")
-    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=25)
     parser.add_argument("--hidden", type=int, default=512, help="size of the model")
     parser.add_argument("--fields", default="ids,weights,logits")
     arguments = parser.parse_args()
@@ -59,12 +61,14 @@ def main() -> None:
         rows = sum(len(sample) for sample in capture())
         layers = len(capture().layers)
         generate()
+        calls = {"one": generate, "captured": capture, "other": generate}
         order, ratios, nulls, plain = random.Random(1), [], [], []
-        for _ in range(arguments.repeats):
-            took = {each: seconds(each) for each in order.sample([generate, capture], 2)}
-            plain.append(took[generate])
-            ratios.append(took[capture] / took[generate])
-            nulls.append(seconds(generate) / took[generate])
+        for _ in range(arguments.turns):
+            took = {name: seconds(calls[name]) for name in order.sample(list(calls), len(calls))}
+            base = math.sqrt(took["one"] * took["other"])
+            plain.append(base)
+            ratios.append(took["captured"] / base)
+            nulls.append(took["one"] / took["other"])
         print(f"\nvLLM, {arguments.prompts} prompts, {rows:,} rows x {layers} layers, {arguments.fields}")
         base, low, high = median(plain)
         print(f"  generate           {base:.2f} s [{low:.2f}, {high:.2f}]")

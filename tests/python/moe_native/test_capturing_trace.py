@@ -115,7 +115,7 @@ def test_without_a_trace_nothing_is_recorded_but_what_is_captured() -> None:
     recorder = moe_native.Recorder(None, fields="ids", metadata={"model": "m"})
     model = Model(recorder)
     assert recorder.path is None and recorder.directory is None
-    assert repr(recorder) == "<moe_native.Recorder recording, without a trace: 0 captures>"
+    assert repr(recorder) == "<moe_native.Recorder idle, without a trace: 0 captures>"
     recorder.resume()  # there is nothing to resume
     assert not model.step(("a", range(3)))
     capture = Captured(recorder)

@@ -94,9 +94,11 @@ def test_phases(sample: Sample, llm: LLM) -> None:
         (5, 3, []),
         (40, 50, []),
         (0, -99, []),
+        (8, None, [8, 9, 10]),
+        (-2, None, [9, 10]),
     ],
 )
-def test_tokens_of_a_range(sample: Sample, llm: LLM, first: int, end: int, positions: list[int]) -> None:
+def test_tokens_of_a_range(sample: Sample, llm: LLM, first: int, end: int | None, positions: list[int]) -> None:
     assert is_of(sample.tokens(first, end), llm, positions)
 
 

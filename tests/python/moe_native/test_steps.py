@@ -392,6 +392,19 @@ def test_a_prompt_whose_length_is_not_known_has_no_phase(engine: Engine) -> None
     assert engine.step({A: (0, 4)}, new={A: embeddings}) == [("a", 0, 4, row_class("unknown", "text", True), 0)]
 
 
+def test_a_prompt_of_embeddings_is_as_long_as_they_are(engine: Engine) -> None:
+    embeddings = SimpleNamespace(
+        req_id=A,
+        prompt_token_ids=None,
+        prompt_embeds=np.zeros((4, 2)),
+        mm_features=[],
+        num_computed_tokens=0,
+        block_ids=([],),
+    )
+    engine.step({A: (0, 4)}, new={A: embeddings})
+    assert engine.recorder.info["a"]["prompt_len"] == 4
+
+
 def test_a_step_is_given_up_whatever_else_fails(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise RuntimeError
