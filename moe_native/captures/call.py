@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moe_native.captures.engine import METHOD, Exchange, built_before_arming, not_armed
+from moe_native.captures.errors import CaptureError
 from moe_native.captures.prompts import resolve
 from moe_native.captures.result import Capture
 
@@ -71,7 +72,7 @@ def capture(
             exchange.opened(replies)
             _warn_of(exchange)
             marked = [exchange.mark(each, number) for number, each in enumerate(params)]
-            outputs = llm.generate(asked, marked, **{"use_tqdm": False, **options})
+            outputs = _generate(llm, asked, marked, options)
         except BaseException:
             with contextlib.suppress(Exception):  # the first error is the one to tell
                 llm.collective_rpc(METHOD, args=arguments, kwargs=keywords)
@@ -110,7 +111,7 @@ async def acapture(
             exchange.opened(replies)
             _warn_of(exchange)
             marked = [exchange.mark(each, number) for number, each in enumerate(params)]
-            outputs = await _generate(llm, asked, marked, exchange.name, options)
+            outputs = await _agenerate(llm, asked, marked, exchange.name, options)
         except BaseException:
             with contextlib.suppress(Exception):
                 await llm.collective_rpc(METHOD, args=arguments, kwargs=keywords)
@@ -121,7 +122,26 @@ async def acapture(
         exchange.release()
 
 
-async def _generate(llm: Any, prompts: list[Any], params: list[Any], name: str, options: dict[str, Any]) -> list[Any]:
+def _generate(llm: Any, prompts: list[Any], params: list[Any], options: dict[str, Any]) -> list[Any]:
+    first = _next_number(llm)
+    try:
+        outputs = llm.generate(prompts, params, **{"use_tqdm": False, **options})
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            llm.llm_engine.abort_request([str(number) for number in range(first, _next_number(llm))])
+        raise
+    if len(outputs) < len(prompts):
+        raise CaptureError(f"vLLM returned {len(outputs)} outputs for {len(prompts)} prompts")
+    # Whatever else the engine had under way is finished and returned as well, sorted by number: ours are the newest.
+    return list(outputs[-len(prompts) :])
+
+
+def _next_number(llm: Any) -> int:
+    """By which vLLM will name the next request of an `LLM`."""
+    return int(getattr(getattr(llm, "request_counter", None), "counter", 0))
+
+
+async def _agenerate(llm: Any, prompts: list[Any], params: list[Any], name: str, options: dict[str, Any]) -> list[Any]:
     from vllm.sampling_params import RequestOutputKind
 
     async def one(number: int) -> Any:

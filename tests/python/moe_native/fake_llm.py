@@ -109,25 +109,30 @@ class Idle:
 
 
 class LLM:
-    """
+    """Like vLLM's, it finishes and returns whatever is under way, also what an earlier call has left.
+
     Attributes:
         names: vLLM's internal id of each prompt's samplings.
         calls, replies: what the workers were asked, and what they said.
         given, options: sampling parameters and other arguments of the last `generate`.
         error: what `generate` raises before its second step.
+        running: the samplings that are under way.
     """
 
     def __init__(self, *workers: Any, chunk: int = 5) -> None:
         self.workers = list(workers) or [Worker()]
         self.chunk = chunk
         self.model_config = SimpleNamespace(model="fake/model", is_multimodal_model=False)
+        self.llm_engine = SimpleNamespace(abort_request=self._abort)
+        self.request_counter = SimpleNamespace(counter=0)
         self.names: dict[tuple[int, int], str] = {}
         self.calls: list[str] = []
         self.replies: list[list[Any]] = []
         self.given: list[Any] = []
         self.options: dict[str, Any] = {}
         self.error: BaseException | None = None
-        self._requests = 0
+        self.running: list[Any] = []
+        self._ended: set[str] = set()  # of which the workers are to be told
 
     def get_default_sampling_params(self) -> SamplingParams:
         return SamplingParams(max_tokens=2)
@@ -141,7 +146,12 @@ class LLM:
 
     def generate(self, prompts: list[Any], params: list[Any], **options: Any) -> list[Any]:
         self.given, self.options = params, options
-        outputs, running = [], []
+        self.enqueue(prompts, params)
+        outputs = {request.output.request_id: request.output for request in self.running}
+        self._run()
+        return list(outputs.values())
+
+    def enqueue(self, prompts: list[Any], params: list[Any]) -> None:
         for number, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
             given = prompt if isinstance(prompt, dict) else {"prompt_token_ids": [ord(letter) for letter in prompt]}
             tokens, embeddings = given.get("prompt_token_ids"), given.get("prompt_embeds")
@@ -150,14 +160,10 @@ class LLM:
             completions = [
                 [100 * number + 10 * child + i for i in range(sampling.max_tokens)] for child in range(sampling.n)
             ]
-            outputs.append(
-                SimpleNamespace(
-                    request_id=name,
-                    prompt_token_ids=tokens,
-                    outputs=[
-                        SimpleNamespace(index=n, token_ids=ids, text=str(ids)) for n, ids in enumerate(completions)
-                    ],
-                )
+            output = SimpleNamespace(
+                request_id=name,
+                prompt_token_ids=tokens,
+                outputs=[SimpleNamespace(index=n, token_ids=ids, text=str(ids)) for n, ids in enumerate(completions)],
             )
             for child in range(sampling.n):
                 internal = f"{child}_{name}-0123abcd" if sampling.n > 1 else f"{name}-0123abcd"
@@ -171,27 +177,31 @@ class LLM:
                     num_computed_tokens=0,
                     block_ids=([],),
                 )
-                running.append(SimpleNamespace(data=data, done=0, total=length + sampling.max_tokens - 1))
-        self._run(running)
-        return outputs
+                total = length + sampling.max_tokens - 1
+                self.running.append(SimpleNamespace(data=data, done=0, total=total, output=output))
 
     def _name(self) -> str:
-        self._requests += 1
-        return str(self._requests - 1)
+        self.request_counter.counter += 1
+        return str(self.request_counter.counter - 1)
 
-    def _run(self, running: list[Any]) -> None:
-        finished: set[str] = set()
-        while running or finished:
+    def _abort(self, names: list[str]) -> None:
+        aborted = [request for request in self.running if request.output.request_id in names]
+        self.running = [request for request in self.running if request not in aborted]
+        self._ended |= {request.data.req_id for request in aborted}
+
+    def _run(self) -> None:
+        while self.running or self._ended:
+            running = self.running
             batch = [(r.data.req_id, range(r.done, min(r.done + self.chunk, self._end(r)))) for r in reversed(running)]
-            output = scheduled(batch, [r.data for r in running if r.done == 0], finished)
+            output = scheduled(batch, [r.data for r in running if r.done == 0], self._ended)
             if self.error is not None and any(r.done for r in running):
                 raise self.error
             for worker in self.workers:
                 worker.execute(output, batch)
             for (_, rows), request in zip(batch, reversed(running), strict=True):
                 request.done = rows.stop
-            finished = {r.data.req_id for r in running if r.done == r.total}
-            running = [r for r in running if r.done < r.total]
+            self._ended = {r.data.req_id for r in running if r.done == r.total}
+            self.running = [r for r in running if r.done < r.total]
 
     def _end(self, request: Any) -> int:
         """A prompt is executed in chunks, what follows token by token."""

@@ -97,6 +97,24 @@ def test_the_callers_parameters_are_marked_in_a_copy() -> None:
     assert 0 <= token < 1 << 63  # as vLLM's messages can carry
 
 
+def test_what_the_engine_has_under_way_already_is_not_ours() -> None:
+    """vLLM returns every request that it finishes, also those of an earlier call."""
+    llm = LLM()
+    llm.enqueue(["left over, and longer", "b"], [SamplingParams(9), SamplingParams(1, n=2)])
+    capture = moe_native.capture(llm, PROMPTS, SamplingParams(3))
+    assert matches(capture, llm)
+    assert [output.request_id for output in capture.outputs] == ["2", "3", "4"]
+    assert [len(output.prompt_token_ids) for output in capture.outputs] == [12, 3, 2]
+
+
+def test_an_engine_that_loses_a_prompt_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM()
+    generate = llm.generate
+    monkeypatch.setattr(llm, "generate", lambda *given, **options: generate(*given, **options)[:-1])
+    with pytest.raises(moe_native.CaptureError, match="vLLM returned 2 outputs for 3 prompts"):
+        moe_native.capture(llm, PROMPTS)
+
+
 # Workers.
 
 
@@ -157,7 +175,7 @@ def test_a_shard_without_a_field_is_no_tensor_of_anything() -> None:
 
 def test_prompts_that_no_worker_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM()
-    monkeypatch.setattr(llm, "_run", lambda running: None)
+    monkeypatch.setattr(llm, "_run", lambda: None)
     with pytest.raises(moe_native.CaptureError, match="did not see prompt 0: was it sent to another data-parallel"):
         moe_native.capture(llm, "a")
 
@@ -183,6 +201,24 @@ def test_a_generation_that_fails_closes_the_capture(error: BaseException) -> Non
     assert first["handle"] == second["handle"]  # its memory was given back
     llm.error = None
     assert matches(moe_native.capture(llm, PROMPTS), llm)
+
+
+def test_a_generation_that_fails_leaves_nothing_of_ours_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM()
+    llm.enqueue(["theirs"], [SamplingParams(9)])
+    llm.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        moe_native.capture(llm, PROMPTS, SamplingParams(2, n=2))
+    assert [request.output.request_id for request in llm.running] == ["0"]
+
+    def fail(names: list[str]) -> None:
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr(llm.llm_engine, "abort_request", fail)
+    with pytest.raises(KeyboardInterrupt):
+        moe_native.capture(llm, PROMPTS)
+    llm.error = None
+    assert matches(moe_native.capture(llm, PROMPTS), llm)  # and what could not be aborted is not taken for ours
 
 
 def test_the_first_error_is_the_one_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +272,7 @@ def test_what_is_no_engine() -> None:
     with pytest.raises(ValueError, match="object is no vLLM engine"):
         moe_native.capture(object(), "a")
     llm = LLM()
-    llm.llm_engine = SimpleNamespace(model_config=llm.__dict__.pop("model_config"))  # as in older versions
+    llm.llm_engine.model_config = llm.__dict__.pop("model_config")  # as in older versions
     assert matches(moe_native.capture(llm, "a"), llm)
 
 
