@@ -78,7 +78,7 @@ def capture(
                 llm.collective_rpc(METHOD, args=arguments, kwargs=keywords)
             raise
         found = exchange.closed(llm.collective_rpc(METHOD, args=arguments, kwargs=keywords))
-        return Capture(outputs, exchange, found, config.model)
+        return Capture(outputs, asked, exchange, found, config.model)
     finally:
         exchange.release()
 
@@ -117,7 +117,7 @@ async def acapture(
                 await llm.collective_rpc(METHOD, args=arguments, kwargs=keywords)
             raise
         found = exchange.closed(await llm.collective_rpc(METHOD, args=arguments, kwargs=keywords))
-        return Capture(outputs, exchange, found, config.model)
+        return Capture(outputs, asked, exchange, found, config.model)
     finally:
         exchange.release()
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["resolve"]
+__all__ = ["is_of_embeddings", "resolve"]
 
 #: Where vLLM has kept `MediaConnector`, the newest place first.
 _PLACES = ("vllm.multimodal.media.connector", "vllm.multimodal.media", "vllm.multimodal.utils")
@@ -65,6 +65,12 @@ def resolve(prompts: Any, *, model: str, takes_images: bool) -> list[Any]:
         _prompt(prompt, f"prompt {index}", model, takes_images)
         for index, prompt in enumerate(prompts if several else [prompts])
     ]
+
+
+def is_of_embeddings(prompt: Any) -> bool:
+    """Whether vLLM reads the embeddings of a prompt that `resolve` has made. Then not all of its token ids are true,
+    whatever vLLM returns as such: it fills in zeros, and token ids beside embeddings may stand for none."""
+    return isinstance(prompt, Mapping) and prompt.get("prompt_embeds") is not None
 
 
 def _prompt(given: Any, where: str, model: str, takes_images: bool) -> Any:

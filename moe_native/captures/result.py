@@ -10,6 +10,7 @@ import torch
 
 from moe_native.captures.engine import Exchange, Found
 from moe_native.captures.errors import CaptureError
+from moe_native.captures.prompts import is_of_embeddings
 from moe_native.captures.regions import Column, Key, gap
 from moe_native.captures.sample import Sample
 from moe_trace.units import count
@@ -30,7 +31,9 @@ class Capture(Sequence[Sample]):
         model: name of the model.
     """
 
-    def __init__(self, outputs: Sequence[Any], exchange: Exchange, found: Sequence[Found], model: str) -> None:
+    def __init__(
+        self, outputs: Sequence[Any], prompts: Sequence[Any], exchange: Exchange, found: Sequence[Found], model: str
+    ) -> None:
         self.outputs = list(outputs)
         self.fields = exchange.fields
         self.geometry = exchange.layers
@@ -38,8 +41,8 @@ class Capture(Sequence[Sample]):
         self.missed = exchange.missed
         self.model = model
         self._samples = [
-            _sample(output, (number, place), self.layers, self.fields, found)
-            for number, output in enumerate(self.outputs)
+            _sample(output, is_of_embeddings(prompt), (number, place), self.layers, self.fields, found)
+            for number, (output, prompt) in enumerate(zip(self.outputs, prompts, strict=True))
             for place in range(len(output.outputs))
         ]
 
@@ -81,7 +84,7 @@ class Capture(Sequence[Sample]):
     def save(self, path: str | Path, *, tokens: bool = False) -> Path:
         """Keep it as a trace, which `moe_trace.open` and the command `moe-native` read: a run of its own in the
         directory `path`, with weights as exact as they were captured. A request's name is vLLM's. Token ids are stored
-        only when asked for.
+        only when asked for; those of a prompt that was given as embeddings are unknown (-1) in the trace.
 
         Returns:
             `path`.
@@ -111,7 +114,9 @@ class Capture(Sequence[Sample]):
         )
 
 
-def _sample(output: Any, key: Key, layers: Sequence[int], fields: Sequence[str], found: Sequence[Found]) -> Sample:
+def _sample(
+    output: Any, of_embeddings: bool, key: Key, layers: Sequence[int], fields: Sequence[str], found: Sequence[Found]
+) -> Sample:
     number, place = key
     known = next((part.requests[key] for part in found if key in part.requests), None)
     if known is None:
@@ -120,8 +125,9 @@ def _sample(output: Any, key: Key, layers: Sequence[int], fields: Sequence[str],
             "before its first step?"
         )
     generated = list(output.outputs[place].token_ids)
-    tokens = None if output.prompt_token_ids is None else [*output.prompt_token_ids, *generated]
-    prompt_len = int(known["prompt"]) if tokens is None else len(output.prompt_token_ids)
+    prompt = output.prompt_token_ids  # of embeddings none, or as many zeros
+    tokens = None if prompt is None or of_embeddings else [*prompt, *generated]
+    prompt_len = int(known["prompt"]) if prompt is None else len(prompt)
     if prompt_len < 0:
         raise CaptureError(f"this vLLM does not say how long prompt {number} is, which was given as embeddings")
     rows = prompt_len + max(len(generated) - 1, 0)

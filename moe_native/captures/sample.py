@@ -111,10 +111,12 @@ class Sample:
         """`[rows]` int64: the token at each position.
 
         Raises:
-            LookupError: the prompt was given as embeddings, which have none.
+            LookupError: the prompt was given as embeddings, which have none. `completion.token_ids` has the generated.
         """
         if self._token_ids is None:
-            raise LookupError("the prompt was given as embeddings: there are no token ids")
+            raise LookupError(
+                "the prompt was given as embeddings, which have no token ids; completion.token_ids has the generated"
+            )
         return self._token_ids[self._first : self._end]
 
     @property

@@ -37,7 +37,6 @@ def save(capture: Capture, path: Path, *, tokens: bool) -> Path:
     directory = make_rank_directory(path, "rank-0")
     file = RankFile(directory, _C.owner())
     try:
-        tokens = tokens and not any(sample.is_of_embeddings for sample in capture)
         metadata = _metadata(capture, tokens)
         writer = SegmentWriter(directory, metadata=metadata, run_id=file.run_id.hex())
         blocks = _Blocks(writer, capture, tokens)
@@ -134,8 +133,7 @@ class _Blocks:
                     column = column.view(torch.uint16)
                 columns[key] = column.numpy()
         if self._tokens:
-            ids = torch.cat([part.token_ids for _, part in parts])
-            columns[fmt.TOKENS, fmt.NO_LAYER] = ids.numpy().astype(np.uint32)[:, None]
+            columns[fmt.TOKENS, fmt.NO_LAYER] = np.concatenate([_token_ids(part) for _, part in parts])[:, None]
         runs = [_runs(number, part) for number, part in parts]
         steps = np.zeros(len(parts), fmt.TABLES[fmt.STEPS])
         steps["step"] = self._steps + np.arange(len(parts))
@@ -146,6 +144,17 @@ class _Blocks:
         notes = [_note(number, part) for number, part in parts if number not in self._told]
         self._told |= {number for number, _ in parts}
         self._writer.add(columns, steps, np.concatenate(runs), notes=notes, stored_as=stored_as)
+
+
+def _token_ids(part: Sample) -> npt.NDArray[np.uint32]:
+    """`[rows]`: the token at each position; unknown where embeddings stood for the prompt."""
+    if not part.is_of_embeddings:
+        return part.token_ids.numpy().astype(np.uint32)
+    generated = np.array(part.completion.token_ids, np.uint32)
+    found = np.full(len(part), fmt.NOBODY, np.uint32)
+    decode = part.decode
+    found[len(part) - len(decode) :] = generated[decode.positions.numpy() - part.prompt_len]
+    return found
 
 
 def _runs(number: int, part: Sample) -> npt.NDArray[np.void]:

@@ -156,13 +156,13 @@ class LLM:
             given = prompt if isinstance(prompt, dict) else {"prompt_token_ids": [ord(letter) for letter in prompt]}
             tokens, embeddings = given.get("prompt_token_ids"), given.get("prompt_embeds")
             name = self._name()
-            length = len(embeddings if tokens is None else tokens)
+            length = len(tokens if embeddings is None else embeddings)
             completions = [
                 [100 * number + 10 * child + i for i in range(sampling.max_tokens)] for child in range(sampling.n)
             ]
             output = SimpleNamespace(
                 request_id=name,
-                prompt_token_ids=tokens,
+                prompt_token_ids=[0] * length if tokens is None else tokens,  # as vLLM does for embeddings
                 outputs=[SimpleNamespace(index=n, token_ids=ids, text=str(ids)) for n, ids in enumerate(completions)],
             )
             for child in range(sampling.n):

@@ -140,6 +140,26 @@ def test_a_prompt_of_embeddings_has_no_tokens(capture: moe_native.Capture, llm: 
     assert torch.equal(sample.logits[2], rows(llm, "logits", 2, range(9), 2))
     with pytest.raises(LookupError, match="given as embeddings"):
         _ = sample.prefill.token_ids
+    assert sample.request_output.prompt_token_ids == [0] * 6  # which no one has given
+
+
+def test_token_ids_beside_embeddings_stand_for_none(llm: LLM) -> None:
+    given = {"prompt_embeds": torch.zeros(2, 3), "prompt_token_ids": [7, 7], "prompt_is_token_ids": [True, False]}
+    (sample,) = moe_native.capture(llm, given, SamplingParams(2))
+    assert sample.is_of_embeddings and sample.prompt_len == 2 and len(sample) == 3
+
+
+def test_a_vllm_that_returns_nothing_for_embeddings(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = llm.generate
+
+    def as_before(*given: Any, **options: Any) -> Any:
+        outputs = generate(*given, **options)
+        outputs[0].prompt_token_ids = None
+        return outputs
+
+    monkeypatch.setattr(llm, "generate", as_before)
+    (sample,) = moe_native.capture(llm, {"prompt_embeds": torch.zeros(5, 3)}, SamplingParams(2))
+    assert sample.is_of_embeddings and sample.prompt_len == 5 and len(sample) == 6
 
 
 def test_fields_are_mappings_by_layer(sample: Sample) -> None:

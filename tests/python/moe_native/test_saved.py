@@ -124,11 +124,15 @@ def test_tokens_are_stored_when_they_are_asked_for(tmp_path: Path) -> None:
         _ = trace.layer(3).weights
 
 
-def test_prompts_of_embeddings_have_no_tokens_to_store(tmp_path: Path) -> None:
+def test_tokens_of_embeddings_are_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     capture = captured([{"prompt_embeds": torch.zeros(3, 2)}, [5]], n=1)
-    trace = moe_trace.open(capture.save(tmp_path, tokens=True))
-    assert same(trace, capture) and list(trace.requests) == ["0", "1"]
-    assert trace.metadata["fields"] == list(ALL)
+    for block_bytes in (saved._BLOCK_BYTES, 1):  # whole, and each row for itself
+        monkeypatch.setattr(saved, "_BLOCK_BYTES", block_bytes)
+        trace = moe_trace.open(capture.save(tmp_path / str(block_bytes), tokens=True))
+        assert same(trace, capture) and list(trace.requests) == ["0", "1"]
+        assert trace.request("0").tokens.tolist() == [-1, -1, -1, 0, 1, 2]
+        assert trace.request("1").tokens.tolist() == [5, 100, 101, 102]
+    assert capture.trace.request("0").tokens.tolist() == [-1, -1, -1, 0, 1, 2]
 
 
 def test_large_samples_are_cut_into_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
