@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moe_native.captures.engine import METHOD, Exchange, built_before_arming, not_armed
-from moe_native.captures.errors import CaptureError
+from moe_native.captures.errors import CaptureError, NotArmedError
 from moe_native.captures.prompts import resolve
 from moe_native.captures.result import Capture
 
@@ -59,25 +59,18 @@ def capture(
     asked = resolve(prompts, model=config.model, takes_images=_takes_images(config))
     params = _params(sampling_params, len(asked), llm.get_default_sampling_params)
     try:
-        arguments, keywords = exchange.open_arguments
         try:
-            replies = llm.collective_rpc(METHOD, args=arguments, kwargs=keywords)
-        except Exception as error:
-            if not not_armed(error):
-                raise
-            _bind_late(llm)
-            replies = llm.collective_rpc(METHOD, args=arguments, kwargs=keywords)
-        arguments, keywords = exchange.close_arguments
-        try:
-            exchange.opened(replies)
+            exchange.opened(_open(llm, exchange))
             _warn_of(exchange)
             marked = [exchange.mark(each, number) for number, each in enumerate(params)]
             outputs = _generate(llm, asked, marked, options)
+        except NotArmedError:  # nothing that could be closed
+            raise
         except BaseException:
             with contextlib.suppress(Exception):  # the first error is the one to tell
-                llm.collective_rpc(METHOD, args=arguments, kwargs=keywords)
+                _close(llm, exchange)
             raise
-        found = exchange.closed(llm.collective_rpc(METHOD, args=arguments, kwargs=keywords))
+        found = exchange.closed(_close(llm, exchange))
         return Capture(outputs, asked, exchange, found, config.model)
     finally:
         exchange.release()
@@ -99,27 +92,48 @@ async def acapture(
     asked = await asyncio.to_thread(resolve, prompts, model=config.model, takes_images=_takes_images(config))
     params = _params(sampling_params, len(asked), lambda: _default_params(config))
     try:
-        arguments, keywords = exchange.open_arguments
         try:
-            replies = await llm.collective_rpc(METHOD, args=arguments, kwargs=keywords)
-        except Exception as error:
-            if not_armed(error):
-                raise built_before_arming() from error
-            raise
-        arguments, keywords = exchange.close_arguments
-        try:
-            exchange.opened(replies)
+            exchange.opened(await _aopen(llm, exchange))
             _warn_of(exchange)
             marked = [exchange.mark(each, number) for number, each in enumerate(params)]
             outputs = await _agenerate(llm, asked, marked, exchange.name, options)
+        except NotArmedError:
+            raise
         except BaseException:
             with contextlib.suppress(Exception):
-                await llm.collective_rpc(METHOD, args=arguments, kwargs=keywords)
+                await _close(llm, exchange)
             raise
-        found = exchange.closed(await llm.collective_rpc(METHOD, args=arguments, kwargs=keywords))
+        found = exchange.closed(await _close(llm, exchange))
         return Capture(outputs, asked, exchange, found, config.model)
     finally:
         exchange.release()
+
+
+def _open(llm: Any, exchange: Exchange) -> list[Any]:
+    arguments, keywords = exchange.open_arguments
+    try:
+        return list(llm.collective_rpc(METHOD, args=arguments, kwargs=keywords))
+    except Exception as error:
+        if not not_armed(error):
+            raise
+    _bind_late(llm)
+    return list(llm.collective_rpc(METHOD, args=arguments, kwargs=keywords))
+
+
+async def _aopen(llm: Any, exchange: Exchange) -> list[Any]:
+    arguments, keywords = exchange.open_arguments
+    try:
+        return list(await llm.collective_rpc(METHOD, args=arguments, kwargs=keywords))
+    except Exception as error:
+        if not_armed(error):
+            raise built_before_arming() from error
+        raise
+
+
+def _close(llm: Any, exchange: Exchange) -> Any:
+    """The workers' answers, of an AsyncLLM to be awaited. One that has not opened the capture answers with an error."""
+    arguments, keywords = exchange.close_arguments
+    return llm.collective_rpc(METHOD, args=arguments, kwargs=keywords)
 
 
 def _generate(llm: Any, prompts: list[Any], params: list[Any], options: dict[str, Any]) -> list[Any]:

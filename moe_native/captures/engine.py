@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_native.captures.errors import CaptureError
+from moe_native.captures.errors import CaptureError, NotArmedError
 from moe_native.captures.regions import Column, Key, Memory
 from moe_native.capturing import wanted
 from moe_native.tier import Tier
@@ -29,10 +29,10 @@ def not_armed(error: BaseException) -> bool:
     return METHOD in str(error) and ("not implemented" in str(error) or "has no attribute" in str(error))
 
 
-def built_before_arming(why: str = "") -> CaptureError:
+def built_before_arming(why: str = "") -> NotArmedError:
     """The error for an engine that cannot be bound any more."""
     reason = f" ({why})" if why else ""
-    return CaptureError(f"this engine was built before recording was armed{reason}. {_ARM}. {_LATE}")
+    return NotArmedError(f"this engine was built before recording was armed{reason}. {_ARM}. {_LATE}")
 
 
 @dataclass(frozen=True)

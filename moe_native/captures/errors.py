@@ -3,3 +3,7 @@
 
 class CaptureError(RuntimeError):
     """An engine that cannot be captured, or rows that are missing. The message says which, and what to do."""
+
+
+class NotArmedError(CaptureError):
+    """An engine whose workers do not know of captures."""

@@ -140,6 +140,31 @@ def test_a_caller_that_is_cancelled_closes_the_capture() -> None:
     assert llm.calls == ["open", "close"] and len(llm.workers[0].recorder.captures) == 0
 
 
+def test_a_caller_that_is_cancelled_while_it_is_opened_closes_the_capture() -> None:
+    llm = AsyncLLM()
+    answer = llm.collective_rpc
+
+    async def slow(method: Any, **arguments: Any) -> Any:
+        replies = await answer(method, **arguments)
+        if arguments["args"] == ("open",):
+            await asyncio.sleep(60)
+        return replies
+
+    llm.collective_rpc = slow  # type: ignore[method-assign]
+
+    async def give_up() -> None:
+        task = asyncio.ensure_future(moe_native.acapture(llm, "a"))
+        while not llm.calls:
+            await asyncio.sleep(0.01)
+        assert len(llm.workers[0].recorder.captures) == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(give_up())
+    assert llm.calls == ["open", "close"] and len(llm.workers[0].recorder.captures) == 0
+
+
 def test_what_goes_wrong_is_told() -> None:
     llm = AsyncLLM()
     with pytest.raises(ValueError, match="2 sampling_params for 1 prompts"):

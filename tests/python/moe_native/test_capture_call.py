@@ -221,6 +221,25 @@ def test_a_generation_that_fails_leaves_nothing_of_ours_under_way(monkeypatch: p
     assert matches(moe_native.capture(llm, PROMPTS), llm)  # and what could not be aborted is not taken for ours
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ConnectionError("no answer")])
+def test_an_interrupt_while_it_is_opened_closes_the_capture(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    llm = LLM()
+    answer = llm.collective_rpc
+
+    def interrupted(method: Any, args: Any = (), kwargs: Any = None) -> Any:
+        replies = answer(method, args, kwargs)
+        if args == ("open",):
+            raise error
+        return replies
+
+    monkeypatch.setattr(llm, "collective_rpc", interrupted)
+    with pytest.raises(type(error)):
+        moe_native.capture(llm, "a")
+    assert llm.calls == ["open", "close"] and len(llm.workers[0].recorder.captures) == 0
+
+
 def test_the_first_error_is_the_one_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM()
     llm.error = RuntimeError("the engine died")
@@ -353,6 +372,7 @@ def test_one_that_cannot_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch, ans
     said = rf"built before recording was armed{reason}\. Before the engine is built, .*arm\(\).*MOE_NATIVE_CAPTURE=1"
     with pytest.raises(moe_native.CaptureError, match=said):
         moe_native.capture(llm, "a")
+    assert llm.calls == ["open", "follow_loaded"]
 
 
 def test_another_error_of_an_engine_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
