@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -55,7 +56,7 @@ def capture(
         CaptureError: the engine cannot be captured, or a row is missing.
     """
     exchange = Exchange(fields, layers)
-    config = _model_config(llm)
+    config = _model_config(llm, for_async=False)
     asked = resolve(prompts, model=config.model, takes_images=_takes_images(config))
     params = _params(sampling_params, len(asked), llm.get_default_sampling_params)
     try:
@@ -88,7 +89,7 @@ async def acapture(
     """`capture` for vLLM's `AsyncLLM`: several may run at a time, among other requests. `options`: more arguments for
     `AsyncLLM.generate`."""
     exchange = Exchange(fields, layers)
-    config = _model_config(llm)
+    config = _model_config(llm, for_async=True)
     asked = await asyncio.to_thread(resolve, prompts, model=config.model, takes_images=_takes_images(config))
     params = _params(sampling_params, len(asked), lambda: _default_params(config))
     try:
@@ -212,10 +213,15 @@ def _default_params(config: Any) -> Any:
     return SamplingParams.from_optional(**(config.get_diff_sampling_param() or {}))
 
 
-def _model_config(llm: Any) -> Any:
+def _model_config(llm: Any, *, for_async: bool) -> Any:
     config = getattr(llm, "model_config", None) or getattr(getattr(llm, "llm_engine", None), "model_config", None)
     if config is None or not hasattr(llm, "collective_rpc"):
         raise ValueError(f"{type(llm).__name__} is no vLLM engine: give a vllm.LLM, or an AsyncLLM to acapture")
+    if inspect.iscoroutinefunction(llm.collective_rpc) is not for_async:
+        name = type(llm).__name__
+        if for_async:
+            raise ValueError(f"{name} is not asynchronous: capture it with moe_native.capture(...), without await")
+        raise ValueError(f"{name} is asynchronous: capture it with await moe_native.acapture(...)")
     return config
 
 

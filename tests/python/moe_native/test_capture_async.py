@@ -177,6 +177,15 @@ def test_what_goes_wrong_is_told() -> None:
         asyncio.run(moe_native.acapture(None, "a"))
 
 
+def test_each_kind_of_engine_has_its_own_call() -> None:
+    llm, plain = AsyncLLM(), LLM()
+    with pytest.raises(ValueError, match=r"^AsyncLLM is asynchronous: capture it with await moe_native\.acapture"):
+        moe_native.capture(llm, "a")
+    with pytest.raises(ValueError, match=r"^LLM is not asynchronous: capture it with moe_native\.capture\(\.\.\.\)"):
+        asyncio.run(moe_native.acapture(plain, "a"))
+    assert llm.calls == plain.calls == []
+
+
 @pytest.mark.parametrize("said", [f"Method '{engine.METHOD}' is not implemented.", "the engine died"])
 def test_an_engine_that_was_built_before_arming_cannot_be_bound(said: str) -> None:
     llm = AsyncLLM(SimpleNamespace())
