@@ -12,7 +12,7 @@ from moe_native.captures.engine import Exchange, Found
 from moe_native.captures.errors import CaptureError
 from moe_native.captures.prompts import is_of_embeddings
 from moe_native.captures.regions import Column, Key, gap
-from moe_native.captures.sample import Sample
+from moe_native.captures.sample import ByLayer, Sample
 from moe_trace.units import count
 
 if TYPE_CHECKING:
@@ -56,30 +56,30 @@ class Capture(Sequence[Sample]):
         return self._samples[index]
 
     @property
-    def ids(self) -> dict[int, torch.Tensor]:
-        """Expert ids by layer, `[rows, k]`, of all samples one after the other. A copy, as all that follow."""
+    def ids(self) -> ByLayer:
+        """Expert ids by layer, `[rows, k]`, of all samples one after the other. Each access by a layer, as in
+        `capture.ids[12]`, makes a copy, also of what follows."""
         return self._joined("ids")
 
     @property
-    def weights(self) -> dict[int, torch.Tensor]:
+    def weights(self) -> ByLayer:
         """Their weights by layer, `[rows, k]`."""
         return self._joined("weights")
 
     @property
-    def logits(self) -> dict[int, torch.Tensor]:
+    def logits(self) -> ByLayer:
         """Router logits by layer, `[rows, experts]`."""
         return self._joined("logits")
 
     @property
-    def hidden(self) -> dict[int, torch.Tensor]:
+    def hidden(self) -> ByLayer:
         """The routers' inputs by layer, `[rows, width]`."""
         return self._joined("hidden")
 
-    def _joined(self, field: str) -> dict[int, torch.Tensor]:
+    def _joined(self, field: str) -> ByLayer:
         if field not in self.fields:
             raise KeyError(f"{field} were not captured: name them in fields=")
-        views = [getattr(sample, field) for sample in self._samples]
-        return {layer: torch.cat([view[layer] for view in views]) for layer in self.layers}
+        return _Joined(field, self._samples)
 
     def save(self, path: str | Path, *, tokens: bool = False) -> Path:
         """Keep it as a trace, which `moe_trace.open` and the command `moe-native` read: a run of its own in the
@@ -112,6 +112,20 @@ class Capture(Sequence[Sample]):
             f"<moe_native.Capture of {count(len(self), 'sample')}, {count(rows, 'row')}: {', '.join(self.fields)} of "
             f"{count(len(self.layers), 'layer')}>"
         )
+
+
+class _Joined(ByLayer):
+    """Tensors of all samples by layer: those of a layer are joined when it is asked for."""
+
+    def __init__(self, field: str, samples: Sequence[Sample]) -> None:
+        super().__init__(field, samples[0])
+        self._samples = samples
+
+    def __getitem__(self, layer: int) -> torch.Tensor:
+        return torch.cat([sample._column(self._field, layer) for sample in self._samples])
+
+    def _shape(self, layer: int) -> tuple[int, ...]:
+        return sum(len(sample) for sample in self._samples), self._sample._column(self._field, layer).shape[1]
 
 
 def _sample(

@@ -25,17 +25,26 @@ class ByLayer(Mapping[int, torch.Tensor]):
     def __getitem__(self, layer: int) -> torch.Tensor:
         return self._sample._column(self._field, layer)
 
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._sample._layers_with(self._field)  # without a tensor
+
     def __iter__(self) -> Iterator[int]:
         return iter(self._sample._layers_with(self._field))
 
     def __len__(self) -> int:
         return len(self._sample._layers_with(self._field))
 
+    def __reduce__(self) -> tuple[type, tuple[dict[int, torch.Tensor]]]:
+        return dict, (dict(self),)  # pickled, it is the tensors
+
+    def _shape(self, layer: int) -> tuple[int, ...]:
+        return tuple(self[layer].shape)
+
     def __repr__(self) -> str:
         layers = list(self)
         if not layers:
             return f"<{self._field}: not captured>"
-        shape = tuple(self[layers[0]].shape)
+        shape = self._shape(layers[0])
         return f"<{self._field} of {len(layers)} layers ({layers[0]} to {layers[-1]}), {shape} in layer {layers[0]}>"
 
 

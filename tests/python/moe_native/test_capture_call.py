@@ -3,6 +3,7 @@ is wrong. `acapture` is in test_capture_async.py."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -62,6 +63,35 @@ def test_outputs_and_samples_are_in_the_order_of_the_prompts() -> None:
     assert [(layer.layer, layer.experts, layer.top_k, layer.name) for layer in capture.geometry] == [
         (0, 16, 2, "layers.0"), (1, 16, 2, "layers.1"), (2, 16, 2, "layers.2")
     ]  # fmt: skip
+
+
+def test_all_samples_by_layer_are_joined_when_a_layer_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM()
+    capture = moe_native.capture(llm, PROMPTS, SamplingParams(2, n=2), fields="logits", layers="0,2")
+    cat = torch.cat
+    joined: list[int] = []
+
+    def counted(parts: list[torch.Tensor]) -> torch.Tensor:
+        joined.append(len(parts))
+        return cat(parts)
+
+    monkeypatch.setattr(torch, "cat", counted)
+    logits = capture.logits
+    assert list(logits) == [0, 2] and len(logits) == 2 and 2 in logits and 7 not in logits
+    assert repr(logits) == "<logits of 2 layers (0 to 2), (40, 16) in layer 0>"
+    assert joined == []
+    expected = cat([sample.logits[2] for sample in capture])
+    assert torch.equal(logits[2], expected) and joined == [6]
+    with pytest.raises(KeyError, match="layer 1 was not captured; these were: 0, 2"):
+        logits[1]
+    assert logits.get(1) is None
+    assert {layer: tuple(tensor.shape) for layer, tensor in logits.items()} == {0: (40, 16), 2: (40, 16)}
+    as_dict = pickle.loads(pickle.dumps(logits))
+    assert type(as_dict) is dict and torch.equal(as_dict[2], expected)
+    of_sample = pickle.loads(pickle.dumps(capture[0].ids))
+    assert type(of_sample) is dict and torch.equal(of_sample[0], capture[0].ids[0])
+    logits[2].zero_()  # a copy
+    assert torch.equal(logits[2], expected) and torch.equal(capture[0].logits[2], expected[:13])
 
 
 def test_fields_layers_and_options() -> None:
