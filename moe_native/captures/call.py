@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from moe_native.captures.prompts import resolve
 from moe_native.captures.result import Capture
 
 DEFAULT_FIELDS = ("ids", "weights", "logits")
+_PATIENCE = 5.0  # seconds, for an engine to close a capture after an error
 
 
 def capture(
@@ -68,8 +70,7 @@ def capture(
         except NotArmedError:  # nothing that could be closed
             raise
         except BaseException:
-            with contextlib.suppress(Exception):  # the first error is the one to tell
-                _close(llm, exchange)
+            _give_up(llm, exchange)
             raise
         found = exchange.closed(_close(llm, exchange))
         return Capture(outputs, asked, exchange, found, config.model)
@@ -101,8 +102,8 @@ async def acapture(
         except NotArmedError:
             raise
         except BaseException:
-            with contextlib.suppress(Exception):
-                await _close(llm, exchange)
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                await asyncio.wait_for(_close(llm, exchange), _PATIENCE)
             raise
         found = exchange.closed(await _close(llm, exchange))
         return Capture(outputs, asked, exchange, found, config.model)
@@ -135,6 +136,19 @@ def _close(llm: Any, exchange: Exchange) -> Any:
     """The workers' answers, of an AsyncLLM to be awaited. One that has not opened the capture answers with an error."""
     arguments, keywords = exchange.close_arguments
     return llm.collective_rpc(METHOD, args=arguments, kwargs=keywords)
+
+
+def _give_up(llm: Any, exchange: Exchange) -> None:
+    """Close the capture after an error, which is the one to tell. Control-C reaches the engine's process as well, so
+    that it may never answer: then nobody waits for it."""
+
+    def close() -> None:
+        with contextlib.suppress(Exception):
+            _close(llm, exchange)
+
+    thread = threading.Thread(target=close, name="moe_native close", daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
 
 
 def _generate(llm: Any, prompts: list[Any], params: list[Any], options: dict[str, Any]) -> list[Any]:

@@ -13,7 +13,7 @@ import torch
 from fake_llm import LLM, Idle, SamplingParams, Worker, shut_down
 
 import moe_native
-from moe_native.captures import engine
+from moe_native.captures import call, engine
 
 
 class AsyncLLM(LLM):
@@ -163,6 +163,25 @@ def test_a_caller_that_is_cancelled_while_it_is_opened_closes_the_capture() -> N
 
     asyncio.run(give_up())
     assert llm.calls == ["open", "close"] and len(llm.workers[0].recorder.captures) == 0
+
+
+def test_an_engine_that_does_not_answer_after_an_error_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call, "_PATIENCE", 0.05)
+    llm = AsyncLLM()
+    llm.failing = 0
+    answer = llm.collective_rpc
+    asked: list[str] = []
+
+    async def dead(method: Any, **arguments: Any) -> Any:
+        asked.extend(arguments["args"])
+        if arguments["args"] == ("close",):
+            await asyncio.Future()
+        return await answer(method, **arguments)
+
+    llm.collective_rpc = dead  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="refused"):
+        asyncio.run(asyncio.wait_for(moe_native.acapture(llm, "a"), 60))
+    assert asked == ["open", "close"]
 
 
 def test_what_goes_wrong_is_told() -> None:

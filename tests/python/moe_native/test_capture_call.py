@@ -4,6 +4,7 @@ is wrong. `acapture` is in test_capture_async.py."""
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from fake_llm import LLM, Idle, SamplingParams, Worker, shut_down
 
 import moe_native
-from moe_native.captures import engine
+from moe_native.captures import call, engine
 from moe_native.capturing import Closed
 from moe_native.vllm import worker as vllm_worker
 
@@ -267,6 +268,30 @@ def test_an_interrupt_while_it_is_opened_closes_the_capture(
     monkeypatch.setattr(llm, "collective_rpc", interrupted)
     with pytest.raises(type(error)):
         moe_native.capture(llm, "a")
+    assert llm.calls == ["open", "close"] and len(llm.workers[0].recorder.captures) == 0
+
+
+def test_an_engine_that_does_not_answer_after_an_error_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call, "_PATIENCE", 0.05)
+    llm = LLM()
+    llm.error = KeyboardInterrupt()
+    answer, stopped = llm.collective_rpc, threading.Event()
+
+    def dead(method: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args == ("close",):
+            asked.set()
+            stopped.wait(60)
+        return answer(method, args, kwargs)
+
+    asked = threading.Event()
+    monkeypatch.setattr(llm, "collective_rpc", dead)
+    with pytest.raises(KeyboardInterrupt):
+        moe_native.capture(llm, PROMPTS)
+    assert asked.is_set() and llm.calls == ["open"]
+    (waiting,) = [thread for thread in threading.enumerate() if thread.name == "moe_native close"]
+    assert waiting.daemon
+    stopped.set()
+    waiting.join()
     assert llm.calls == ["open", "close"] and len(llm.workers[0].recorder.captures) == 0
 
 
