@@ -88,11 +88,12 @@ async def acapture(
     **options: Any,
 ) -> Capture:
     """`capture` for vLLM's `AsyncLLM`: several may run at a time, among other requests. `options`: more arguments for
-    `AsyncLLM.generate`."""
+    `AsyncLLM.generate`; with a data_parallel_size above 1, `data_parallel_rank=0` is needed."""
     exchange = Exchange(fields, layers)
     config = _model_config(llm, for_async=True)
     asked = await asyncio.to_thread(resolve, prompts, model=config.model, takes_images=_takes_images(config))
     params = _params(sampling_params, len(asked), lambda: _default_params(config))
+    _check_ranks(llm, options)
     try:
         try:
             exchange.opened(await _aopen(llm, exchange))
@@ -237,6 +238,19 @@ def _model_config(llm: Any, *, for_async: bool) -> Any:
             raise ValueError(f"{name} is not asynchronous: capture it with moe_native.capture(...), without await")
         raise ValueError(f"{name} is asynchronous: capture it with await moe_native.acapture(...)")
     return config
+
+
+def _check_ranks(llm: Any, options: dict[str, Any]) -> None:
+    """An `AsyncLLM` balances its prompts over its data-parallel engines, and hands on what the first one's workers
+    answer. One behind an external balancer has a single engine."""
+    parallel = getattr(getattr(llm, "vllm_config", None), "parallel_config", None)
+    size = getattr(parallel, "data_parallel_size", 1)
+    if size <= 1 or getattr(parallel, "data_parallel_external_lb", False) or options.get("data_parallel_rank") == 0:
+        return
+    hint = "build an engine with data_parallel_size=1 to capture from"
+    if "data_parallel_rank" in inspect.signature(llm.generate).parameters:
+        hint = f"pass data_parallel_rank=0 to acapture, or {hint}"
+    raise CaptureError(f"this engine has data_parallel_size={size}, of which only rank 0 can be captured: {hint}")
 
 
 def _takes_images(config: Any) -> bool:

@@ -205,6 +205,41 @@ def test_each_kind_of_engine_has_its_own_call() -> None:
     assert llm.calls == plain.calls == []
 
 
+class OfRanks(AsyncLLM):
+    """Several data-parallel engines, of which rank 0 is asked."""
+
+    def __init__(self, **parallel: Any) -> None:
+        super().__init__()
+        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(**parallel))
+
+    async def generate(  # type: ignore[override]
+        self, prompt: Any, params: Any, name: str, *, data_parallel_rank: int | None = None
+    ) -> AsyncIterator[Any]:
+        async for output in super().generate(prompt, params, name, data_parallel_rank=data_parallel_rank):
+            yield output
+
+
+def test_prompts_that_are_balanced_over_ranks_are_refused() -> None:
+    llm = OfRanks(data_parallel_size=2, data_parallel_external_lb=False)
+    for rank in ({}, {"data_parallel_rank": 1}, {"data_parallel_rank": None}):
+        with pytest.raises(moe_native.CaptureError, match=r"data_parallel_size=2, .*: pass data_parallel_rank=0 to"):
+            asyncio.run(moe_native.acapture(llm, ["a", "b"], **rank))
+    assert llm.calls == []
+    capture = asyncio.run(moe_native.acapture(llm, ["a", "b"], data_parallel_rank=0))
+    assert matches(capture, llm) and [options for _, options in llm.said] == [{"data_parallel_rank": 0}] * 2
+    older = AsyncLLM()  # whose generate() cannot choose
+    older.vllm_config = llm.vllm_config  # type: ignore[attr-defined]
+    older.generate = lambda prompt, params, name: None  # type: ignore[assignment, method-assign, misc]
+    with pytest.raises(moe_native.CaptureError, match=r"only rank 0 can be captured: build an engine with"):
+        asyncio.run(moe_native.acapture(older, "a"))
+
+
+@pytest.mark.parametrize("size, external", [(1, False), (2, True)])
+def test_a_single_engine_needs_no_rank(size: int, external: bool) -> None:
+    llm = OfRanks(data_parallel_size=size, data_parallel_external_lb=external)
+    assert matches(asyncio.run(moe_native.acapture(llm, ["a", "b"])), llm)
+
+
 @pytest.mark.parametrize("said", [f"Method '{engine.METHOD}' is not implemented.", "the engine died"])
 def test_an_engine_that_was_built_before_arming_cannot_be_bound(said: str) -> None:
     llm = AsyncLLM(SimpleNamespace())
