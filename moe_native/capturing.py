@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from moe_native import _C
 
 FIELDS = ("ids", "weights", "logits", "hidden")  #: what can be captured
+DEFAULT_FIELDS = ("ids", "weights", "logits")
 
 
 class Closed(NamedTuple):
@@ -29,13 +30,16 @@ class Closed(NamedTuple):
     problem: str
 
 
-def wanted(fields: str | Iterable[str], layers: str | Iterable[int] | None) -> Tier:
-    """What a capture is asked for; `ids` are always among the fields.
+def wanted(fields: str | Iterable[str] | None, layers: str | Iterable[int] | None) -> Tier:
+    """What a capture is asked for; `ids` are always among the fields. None: `DEFAULT_FIELDS`, and all layers.
 
     Raises:
         ValueError: a field or a layer is not one that can be captured.
     """
-    asked = Config.of_arguments(fields=fields, layers=layers)
+    for argument, given in (("fields", fields), ("layers", layers)):
+        if isinstance(given, str) and not given:  # to the settings it would be none at all
+            raise ValueError(f"{argument} is '', which names none; leave it out, or name some")
+    asked = Config.of_arguments(fields=DEFAULT_FIELDS if fields is None else fields, layers=layers)
     for name in asked.fields:
         if name not in FIELDS:
             raise ValueError(f"{name!r} cannot be captured; use some of {', '.join(FIELDS)}")

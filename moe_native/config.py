@@ -82,7 +82,7 @@ class Config:
     def _typed(cls, given: Iterable[tuple[str, str, Any]]) -> Config:
         values: dict[str, Any] = {}
         for key, where, value in given:
-            if value is None or value is False or value == "":
+            if value is None or value is False or (isinstance(value, str) and not value):
                 continue
             try:
                 values[key] = _PARSERS[key](value)
@@ -106,6 +106,8 @@ class Config:
 
 
 def _parts(value: Any) -> list[Any]:
+    if hasattr(value, "tolist"):  # an array's or a tensor's numbers as Python's own
+        value = value.tolist()
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     if isinstance(value, Iterable):
@@ -128,6 +130,8 @@ def _directory(value: Any) -> Path:
 
 def _fields(value: Any) -> tuple[str, ...]:
     names = [str(part).lower() for part in _parts(value)]
+    if isinstance(value, str) and not names:
+        raise ValueError("no field is named; leave it unset for the default")
     if COUNTS[0] in names:
         if set(names) != set(COUNTS):
             raise ValueError("counts stands alone: it keeps statistics and no rows, so there is no column beside it")
@@ -139,7 +143,7 @@ def _fields(value: Any) -> tuple[str, ...]:
 
 
 def _layers(value: Any) -> tuple[int, ...] | None:
-    if value == "all":
+    if isinstance(value, str) and value == "all":
         return None
     layers: set[int] = set()
     for part in _parts(value):

@@ -14,8 +14,8 @@ from moe_native.captures.engine import METHOD, Exchange, built_before_arming, no
 from moe_native.captures.errors import CaptureError, NotArmedError
 from moe_native.captures.prompts import resolve
 from moe_native.captures.result import Capture
+from moe_native.capturing import DEFAULT_FIELDS
 
-DEFAULT_FIELDS = ("ids", "weights", "logits")
 _PATIENCE = 5.0  # seconds, for an engine to close a capture after an error
 
 
@@ -24,7 +24,7 @@ def capture(
     prompts: Any,
     sampling_params: Any = None,
     *,
-    fields: str | Iterable[str] = DEFAULT_FIELDS,
+    fields: str | Iterable[str] | None = DEFAULT_FIELDS,
     layers: str | Iterable[int] | None = None,
     **options: Any,
 ) -> Capture:
@@ -44,8 +44,9 @@ def capture(
         prompts: one, or a list: strings, lists of token ids, or dicts as vLLM takes them. `multi_modal_data` may hold
             PIL images, arrays, paths, URLs and base64 data URLs, or lists of them.
         sampling_params: vLLM's, one for all or one a prompt; None for the model's own defaults.
-        fields: of `ids`, `weights`, `logits` and `hidden` (the router's input). `ids` are always captured.
-        layers: the layers, also as `"0,4-7"`; None for all whose routing is seen.
+        fields: of `ids`, `weights`, `logits` and `hidden` (the router's input), also as `"ids,logits"`; None for the
+            first three. `ids` are always captured.
+        layers: the layers, also as `"0,4-7"` or an array; None for all whose routing is seen.
         options: more arguments for `LLM.generate`, such as `lora_request`.
 
     Returns:
@@ -83,7 +84,7 @@ async def acapture(
     prompts: Any,
     sampling_params: Any = None,
     *,
-    fields: str | Iterable[str] = DEFAULT_FIELDS,
+    fields: str | Iterable[str] | None = DEFAULT_FIELDS,
     layers: str | Iterable[int] | None = None,
     **options: Any,
 ) -> Capture:

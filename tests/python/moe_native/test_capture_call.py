@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fake_llm import LLM, Idle, SamplingParams, Worker, shut_down
@@ -102,6 +103,8 @@ def test_fields_layers_and_options() -> None:
     assert llm.options == {"use_tqdm": True, "lora_request": "l"}
     assert llm.given[0].max_tokens == 2  # the model's own defaults
     assert llm.calls == ["open", "close"]
+    capture = moe_native.capture(llm, "abc", fields=None, layers=np.array([0, 2]))
+    assert matches(capture, llm) and capture.layers == [0, 2]
 
 
 def test_one_after_the_other_and_again() -> None:
@@ -317,6 +320,8 @@ def test_the_first_error_is_the_one_that_is_told(monkeypatch: pytest.MonkeyPatch
         ({"sampling_params": []}, "0 sampling_params for 3 prompts"),
         ({"fields": "ids,tokens"}, "'tokens' cannot be captured"),
         ({"layers": "x"}, "layers is 'x'"),
+        ({"layers": ""}, "layers is '', which names none"),
+        ({"fields": ""}, "fields is '', which names none"),
     ],
 )
 def test_wrong_arguments_reach_no_worker(arguments: dict[str, Any], said: str) -> None:

@@ -241,6 +241,10 @@ def test_a_forked_child_leaves_the_captures_alone(recorder: moe_native.Recorder)
         ("ids", "4-", "layers is '4-'"),
         ("ids", [70000], "layers is"),
         ("ids", [], "no layer is named"),
+        ("ids", "", "layers is '', which names none; leave it out, or name some"),
+        ("ids", " ", "no layer is named"),
+        ("", None, "fields is '', which names none; leave it out, or name some"),
+        (",", None, "no field is named"),
     ],
 )
 def test_what_cannot_be_captured_is_refused(fields: Any, layers: Any, said: str) -> None:
@@ -250,6 +254,8 @@ def test_what_cannot_be_captured_is_refused(fields: Any, layers: Any, said: str)
 
 def test_what_is_wanted() -> None:
     assert wanted("logits", None) == Tier(("ids", "logits"))
+    assert wanted(None, None) == Tier(("ids", "weights", "logits"))
+    assert wanted(np.array(["logits"]), np.array([1, 3])) == Tier(("ids", "logits"), frozenset({1, 3}))
     assert wanted(["hidden", "weights"], "3,5-6") == Tier(("ids", "weights", "hidden"), frozenset({3, 5, 6}))
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from moe_native.config import Config, ConfigError
 from moe_trace import settings
@@ -52,6 +54,17 @@ def test_additional_config_wins_key_by_key_and_takes_json_types() -> None:
     assert config.overflow == "block"
 
 
+def test_any_iterable_names_fields_and_layers() -> None:
+    for layers in (np.array([5, 3]), torch.tensor([3, 5]), {3, 5}, range(3, 6, 2), (n for n in (5, 3)), ["3", "5-5"]):
+        assert Config.of_arguments(layers=layers).layers == (3, 5)
+    assert Config.of_arguments(layers=np.array(3)).layers == (3,) == Config.of_arguments(layers=np.int64(3)).layers
+    for fields in (np.array(["logits", "ids"]), {"logits"}, (name for name in ["logits"]), np.str_("logits")):
+        assert Config.of_arguments(fields=fields).fields == ("ids", "logits")
+    for wrong in (np.array([1.5]), np.array([[1, 2]]), np.array([True]), np.array([], int), torch.tensor([-1])):
+        with pytest.raises(ConfigError, match="layer"):
+            Config.of_arguments(layers=wrong)
+
+
 def test_tiers() -> None:
     assert Config.parse({"MOE_NATIVE_FIELDS": "Counts"}).fields == ("counts",)
     assert Config.parse({}, {"fields": ["counts"], "sample": 0}).sample == 0.0
@@ -78,6 +91,7 @@ def test_additional_config_can_switch_off(off: Any) -> None:
     [
         ("MOE_NATIVE_FIELDS", "ids,wieghts", "ids, weights, logits, hidden, tokens"),
         ("MOE_NATIVE_FIELDS", "counts,ids", "counts stands alone"),
+        ("MOE_NATIVE_FIELDS", " ,", "no field is named"),
         ("MOE_NATIVE_SAMPLE", "1.01", "from 0 to 1"),
         ("MOE_NATIVE_SAMPLE", "-0.1", "from 0 to 1"),
         ("MOE_NATIVE_SAMPLE", "nan", "from 0 to 1"),
