@@ -61,6 +61,8 @@ class Recording:
     @property
     def step_open(self) -> bool: ...
 
+def map_private(fd: int, bytes: int) -> npt.NDArray[np.uint8]: ...
+
 class RequestRows:
     """A request under way (csrc/core/request_rows.h)."""
 

@@ -3,11 +3,13 @@ ring to the drain thread, which scatters them into memory that a capture's calle
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from moe_native.config import Config
 from moe_native.tier import Tier
+from moe_trace.units import count
 
 if TYPE_CHECKING:
     from moe_native import _C
@@ -46,6 +48,12 @@ def wanted(fields: str | Iterable[str] | None, layers: str | Iterable[int] | Non
     return Tier(asked.fields, Tier.layer_set(asked.layers))
 
 
+def identity_of(handle: int) -> list[int]:
+    """Of an open file, what no other one of this machine has: its device and its inode."""
+    status = os.fstat(handle)
+    return [status.st_dev, status.st_ino]
+
+
 class Capturing:
     """Opens and closes captures. All of it belongs to the thread that begins steps.
 
@@ -62,6 +70,8 @@ class Capturing:
         self._core = core
         self._bindings = bindings
         self._wants: dict[int, Tier] = {}
+        self._lost_before: dict[int, int] = {}  # when each was opened
+        self._unattributed = 0
         self.under_way = False
         self.changed = False
 
@@ -79,6 +89,7 @@ class Capturing:
         number, handle = self._core.open_capture(wants.bits, None if wants.layers is None else sorted(wants.layers))
         alive = set(self._core.captures())  # one whose caller has died is gone by now
         self._wants = {each: tier for each, tier in self._wants.items() if each in alive} | {number: wants}
+        self._lost_before[number] = self._lost
         self.changed = True
         return number, handle
 
@@ -111,9 +122,21 @@ class Capturing:
         self.changed = True
         caught_up = self._core.catch_up(timeout)
         closed = Closed(*self._core.close_capture(number))
+        lost = self._lost - self._lost_before.pop(number)
         if not caught_up:
             raise TimeoutError(f"what was captured could not be had within {timeout} s")
+        if lost and not closed.problem:
+            # A gap need not show it: the position of a draft that was rejected has a row all the same.
+            return closed._replace(problem=f"{count(lost, 'step or layer')} could not be captured; the log says why")
         return closed
+
+    def lose_step(self) -> None:
+        """It is not known whose the rows of a step are."""
+        self._unattributed += self.under_way
+
+    @property
+    def _lost(self) -> int:
+        return int(self._core.counters()["lost_for_captures"]) + self._unattributed
 
     def follow(self, under_way: bool) -> None:
         """Whether the next step may have rows that a capture wants."""

@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <cstring>
+#include <numeric>
+#include <system_error>
 #include <utility>
 
 #include "core/step_recorder.h"
@@ -13,6 +16,9 @@ namespace {
 
 constexpr uint32_t kNowhere = 0xFFFFFFFF;  // the position of a row of which it is not known
 constexpr size_t kColumns = 4;
+// What is left to others, and how much is written between two looks at it.
+constexpr uint64_t kLeft = uint64_t{256} << 20;
+constexpr uint64_t kBetweenLooks = uint64_t{64} << 20;
 
 std::array<uint64_t, kColumns> row_bytes(const LayerShape& s) {
   return {s.k * size_of(s.ids_dtype), s.k * size_of(s.weights_dtype), s.logits_width * size_of(s.logits_dtype),
@@ -21,10 +27,11 @@ std::array<uint64_t, kColumns> row_bytes(const LayerShape& s) {
 
 }  // namespace
 
-Capture::Capture(CaptureFile file, CaptureOptions options) : file_(std::move(file)), options_(std::move(options)) {}
+Capture::Capture(CaptureFile file, CaptureOptions options)
+    : file_(std::move(file)), options_(std::move(options)), look_at_(file_.kept() + kBetweenLooks) {}
 
 void Capture::add(uint32_t request, uint32_t sample, uint32_t child, uint32_t capacity) {
-  requests_.insert_or_assign(request, Request{.entry = {sample, child, capacity, 0}});
+  requests_.insert_or_assign(request, Request{.entry = {sample, child, capacity, 0}, .plots = {}});
 }
 
 bool Capture::wants(uint16_t layer) const {
@@ -42,6 +49,7 @@ LayerShape Capture::wanted(LayerShape shape) const {
 }
 
 void Capture::take(std::span<const Run> runs, std::span<const Piece> pieces) {
+  if (!problem_.empty()) return;
   hits_.clear();
   uint32_t row = 0;
   for (const Run& run : runs) {
@@ -56,6 +64,7 @@ void Capture::take(std::span<const Run> runs, std::span<const Piece> pieces) {
   for (const Piece& piece : pieces) {
     if (!wants(piece.shape.layer)) continue;
     const LayerShape shape = wanted(piece.shape);
+    layers_.reserve(layers_.size() + 1);  // so that what follows is done whole or not at all
     const auto [found, is_new] = layer_index_.try_emplace(shape.layer, layers_.size());
     if (is_new) layers_.push_back(shape);
     if (shape != layers_[found->second]) continue;  // a layer has one shape; of others it has no rows
@@ -71,13 +80,25 @@ void Capture::copy(const Piece& piece, size_t layer, const Hit& hit) {
   const std::byte* columns[kColumns] = {piece.ids, piece.weights, piece.logits, piece.hidden};
   Plot& to = plot(*hit.request, layer);
   const uint32_t position = hit.position + (first - hit.row);
+  const uint64_t row = std::accumulate(bytes.begin(), bytes.end(), uint64_t{0});
+  charge((end - first) * row);
   std::byte* out = file_.data() + to.offset;
   for (size_t c = 0; c < kColumns; ++c) {
     if (bytes[c] == 0) continue;
     std::memcpy(out + position * bytes[c], columns[c] + (first - piece.first_row) * bytes[c], (end - first) * bytes[c]);
     out += align_up(hit.request->entry.capacity * bytes[c], kAlign);
   }
-  join(to.rows, position, position + (end - first));
+  written_ += join(to.rows, position, position + (end - first)) * row;
+}
+
+// Before so many bytes are written.
+void Capture::charge(uint64_t bytes) {
+  if (written_ + bytes <= look_at_) return;
+  if (const uint64_t available = options_.available(); available < kLeft + kBetweenLooks + bytes) {
+    throw std::system_error(ENOMEM, std::generic_category(),
+                            "no memory is left for the rest: capture fewer prompts at a time, or fewer fields or layers");
+  }
+  look_at_ = written_ + bytes + kBetweenLooks;
 }
 
 Capture::Plot& Capture::plot(Request& request, size_t layer) {
@@ -91,19 +112,23 @@ Capture::Plot& Capture::plot(Request& request, size_t layer) {
   return plot;
 }
 
-void Capture::join(Spans& spans, uint32_t first, uint32_t end) {
+uint32_t Capture::join(Spans& spans, uint32_t first, uint32_t end) {
   if (!spans.empty() && spans.back().first <= first && first <= spans.back().end) {  // as it is most often
-    spans.back().end = std::max(spans.back().end, end);
-    return;
+    const uint32_t before = spans.back().end;
+    spans.back().end = std::max(before, end);
+    return spans.back().end - before;
   }
   // Those that touch it become one with it.
   const auto from = std::ranges::lower_bound(spans, first, {}, &IndexSpan::end);
   auto to = from;
+  uint32_t there = 0;
   for (; to != spans.end() && to->first <= end; ++to) {
+    there += to->end - to->first;
     first = std::min(first, to->first);
     end = std::max(end, to->end);
   }
   spans.insert(spans.erase(from, to), {first, end});
+  return end - first - there;
 }
 
 Capture::Spans Capture::of_all_layers(const Request& request) const {

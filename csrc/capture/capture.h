@@ -8,12 +8,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <span>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
+#include "capture/available_memory.h"
 #include "capture/capture_file.h"
 #include "segment/step_data.h"
 
@@ -52,6 +54,7 @@ inline constexpr char kIndexMagic[8] = {'M', 'O', 'E', 'C', 'A', 'P', 'T', '1'};
 struct CaptureOptions {
   uint32_t fields = 0;
   std::optional<std::vector<uint16_t>> layers;  // none: all
+  std::function<uint64_t()> available = [] { return available_memory(); };
 };
 
 class Capture {
@@ -59,7 +62,9 @@ class Capture {
   Capture(CaptureFile file, CaptureOptions options);
 
   void add(uint32_t request, uint32_t sample, uint32_t child, uint32_t capacity);
-  // The rows of a step that are this capture's; its runs say whose they are. Throws std::system_error, std::bad_alloc.
+  // The rows of a step that are this capture's; its runs say whose they are. Throws std::system_error, std::bad_alloc:
+  // then the capture has failed(), and takes no more. It leaves the machine some memory: what serves must not be killed
+  // for want of it.
   void take(std::span<const Run> runs, std::span<const Piece> pieces);
   // Writes the index; where it begins. Throws std::system_error.
   uint64_t finish();
@@ -87,7 +92,9 @@ class Capture {
   LayerShape wanted(LayerShape shape) const;
   void copy(const Piece& piece, size_t layer, const Hit& hit);
   Plot& plot(Request& request, size_t layer);
-  static void join(Spans& spans, uint32_t first, uint32_t end);
+  void charge(uint64_t bytes);
+  // How many of the positions are new.
+  static uint32_t join(Spans& spans, uint32_t first, uint32_t end);
   Spans of_all_layers(const Request& request) const;
 
   CaptureFile file_;
@@ -97,6 +104,8 @@ class Capture {
   std::unordered_map<uint16_t, size_t> layer_index_;
   std::unordered_map<uint32_t, Request> requests_;
   std::vector<Hit> hits_;
+  uint64_t written_ = 0;   // bytes of rows
+  uint64_t look_at_ = 0;  // when that many are written, the memory is looked at again
 };
 
 }  // namespace moe_native

@@ -1,7 +1,9 @@
 #include "capture/capture_file.h"
 
+#include <fcntl.h>
 #include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,10 +17,11 @@ namespace moe_native {
 namespace {
 
 // Addresses, not memory: they are mapped once, so that pages which are there stay there.
-constexpr uint64_t kMostBytes = uint64_t{1} << 40;
+constexpr uint64_t kMostBytes = uint64_t{1} << 45;
 constexpr uint64_t kFewestBytes = uint64_t{1} << 30;
 // The file grows in such pieces; what is not written to takes no memory.
 constexpr uint64_t kGrowth = uint64_t{64} << 20;
+constexpr uint64_t kKeptFactor = 4;
 
 [[noreturn]] void fail(int error, const char* what) { throw std::system_error(error, std::generic_category(), what); }
 
@@ -40,6 +43,9 @@ CaptureFile::CaptureFile() {
     fail(error, "no addresses for a capture");
   }
   ::madvise(data_, mapped_, MADV_DONTFORK);
+  ::madvise(data_, mapped_, MADV_DONTDUMP);  // a core dump would look at each page
+  // A plot has room for more positions than come, and each of its columns would touch a huge page.
+  ::madvise(data_, mapped_, MADV_NOHUGEPAGE);
 }
 
 CaptureFile::~CaptureFile() {
@@ -53,6 +59,7 @@ CaptureFile& CaptureFile::operator=(CaptureFile&& other) noexcept {
   std::swap(mapped_, other.mapped_);
   std::swap(size_, other.size_);
   std::swap(end_, other.end_);
+  std::swap(kept_, other.kept_);
   return *this;
 }
 
@@ -66,6 +73,22 @@ uint64_t CaptureFile::allocate(uint64_t bytes) {
   }
   end_ = end;
   return start;
+}
+
+void CaptureFile::forget() {
+  // Much more than was used now is of a larger capture before.
+  if (pages() > kKeptFactor * end_ + kGrowth) {
+    const uint64_t from = align_up(end_, kPage);
+    ::fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(from),
+                static_cast<off_t>(size_ - std::min(from, size_)));
+  }
+  kept_ = pages();
+  end_ = 0;
+}
+
+uint64_t CaptureFile::pages() const noexcept {
+  struct stat status;
+  return ::fstat(fd_, &status) == 0 ? static_cast<uint64_t>(status.st_blocks) * 512 : 0;
 }
 
 bool CaptureFile::is_read() const noexcept {

@@ -25,8 +25,11 @@ class CaptureFile {
   // Room for `bytes` at the end, aligned to a cache line: where it begins. Throws std::system_error.
   uint64_t allocate(uint64_t bytes);
   uint64_t bytes() const { return end_; }
-  // What is in it is not needed any more. Its pages stay.
-  void forget() { end_ = 0; }
+  // What is in it is not needed any more. Its pages stay, but for what a much larger capture before has left.
+  void forget();
+  // Bytes of memory that it takes, and how many of them it had when it was used again.
+  uint64_t pages() const noexcept;
+  uint64_t kept() const { return kept_; }
   bool is_read() const noexcept;
 
  private:
@@ -35,6 +38,7 @@ class CaptureFile {
   uint64_t mapped_ = 0;
   uint64_t size_ = 0;  // of the file
   uint64_t end_ = 0;
+  uint64_t kept_ = 0;
 };
 
 }  // namespace moe_native

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <exception>
+#include <iterator>
+#include <new>
 #include <stdexcept>
 #include <utility>
 
@@ -13,12 +15,14 @@ constexpr size_t kMostSpare = 2;
 constexpr auto kSpareFor = std::chrono::seconds(60);
 // A caller takes its lock right after it has opened a capture; one without a lock that is older has no caller any more.
 constexpr auto kAbandonedAfter = std::chrono::seconds(60);
+constexpr auto kBetweenLooks = std::chrono::seconds(5);
 
 }  // namespace
 
 Captures::Opened Captures::open(CaptureOptions options) {
+  std::vector<Open> abandoned;  // freed behind the lock, as it was declared before
   const std::lock_guard lock(mutex_);
-  drop_abandoned();
+  abandoned = take_abandoned();
   auto capture = std::make_unique<Capture>(file(), std::move(options));
   const int fd = capture->file().fd();
   open_[next_] = {std::move(capture), Clock::now()};
@@ -34,11 +38,19 @@ CaptureFile Captures::file() {
   return file;
 }
 
-void Captures::drop_abandoned() {
-  const auto now = Clock::now();
-  std::erase_if(open_, [&](auto& item) {
-    return now - item.second.since > kAbandonedAfter && !item.second.capture->file().is_read();
-  });
+std::vector<Captures::Open> Captures::take_abandoned() {
+  looked_ = Clock::now();
+  std::vector<Open> abandoned;
+  for (auto item = open_.begin(); item != open_.end();) {
+    Open& open = item->second;
+    if (looked_ - open.since > kAbandonedAfter && !open.capture->file().is_read()) {
+      abandoned.push_back(std::move(open));
+      item = open_.erase(item);
+    } else {
+      ++item;
+    }
+  }
+  return abandoned;
 }
 
 Capture& Captures::find(uint64_t number) {
@@ -53,12 +65,18 @@ void Captures::add(uint64_t number, uint32_t request, uint32_t sample, uint32_t 
 }
 
 Captures::Closed Captures::close(uint64_t number) {
+  Open open;
+  std::vector<Spare> freed;
   const std::lock_guard lock(mutex_);
-  Capture& capture = find(number);
+  find(number);
+  open = std::move(open_.extract(number).mapped());
+  Capture& capture = *open.capture;
   Closed closed{capture.finish(), capture.file().bytes(), capture.problem()};
   spare_.push_back({std::move(capture.file()), Clock::now()});
-  open_.erase(number);
-  if (spare_.size() > kMostSpare) spare_.erase(spare_.begin());
+  if (spare_.size() > kMostSpare) {
+    freed.push_back(std::move(spare_.front()));
+    spare_.erase(spare_.begin());
+  }
   return closed;
 }
 
@@ -84,9 +102,18 @@ void Captures::take(std::span<const Run> runs, std::span<const Piece> pieces) no
 }
 
 void Captures::free_unused() noexcept {
+  std::vector<Spare> freed;
+  std::vector<Open> abandoned;
   const std::lock_guard lock(mutex_);
+  if (spare_.empty() && open_.empty()) return;
   const auto now = Clock::now();
-  std::erase_if(spare_, [&](const Spare& spare) { return now - spare.since > kSpareFor; });
+  try {
+    const auto old = std::ranges::partition(spare_, [&](const Spare& spare) { return now - spare.since <= kSpareFor; });
+    std::ranges::move(old, std::back_inserter(freed));
+    spare_.erase(old.begin(), old.end());
+    if (now - looked_ > kBetweenLooks) abandoned = take_abandoned();
+  } catch (const std::bad_alloc&) {  // at the next look
+  }
 }
 
 }  // namespace moe_native

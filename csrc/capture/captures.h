@@ -31,13 +31,14 @@ class Captures {
   Opened open(CaptureOptions options);
   // Throws std::out_of_range where the capture is not open, as all that follow.
   void add(uint64_t number, uint32_t request, uint32_t sample, uint32_t child, uint32_t capacity);
-  // Of rows that were taken before. The memory stays as it is while the caller holds its lock.
+  // Of rows that were taken before. The memory stays as it is while the caller holds its lock. Throws std::system_error
+  // where there is no memory for the index; the capture is closed all the same.
   Closed close(uint64_t number);
   std::vector<uint64_t> numbers();
 
   // By the drain thread. Rows of a step, once it is known whose they are.
   void take(std::span<const Run> runs, std::span<const Piece> pieces) noexcept;
-  void free_unused() noexcept;
+  void free_unused() noexcept;  // and what a caller that died has left open
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -52,9 +53,11 @@ class Captures {
 
   CaptureFile file();
   Capture& find(uint64_t number);
-  void drop_abandoned();
+  // Freeing gigabytes takes a second, so it is done by whoever has let go of the lock.
+  std::vector<Open> take_abandoned();
 
   std::mutex mutex_;
+  Clock::time_point looked_{};  // at the locks of callers
   uint64_t next_ = 1;
   std::map<uint64_t, Open> open_;
   // New pages cost several times the copy into them, so memory is used again, once no caller looks at it.

@@ -60,6 +60,10 @@ class LaneProducer {
   // Whether `records` records of `bytes` bytes in all would surely fit now, wherever the arena wraps.
   bool admits(uint64_t records, uint64_t bytes) noexcept { return has_room(records, bytes); }
 
+  // What the producer waits to reserve; 0: it does not. The consumer gives back then whatever it can: a payload is
+  // contiguous, so that one of a quarter of the arena or more may need it nearly empty.
+  void want(uint64_t bytes) noexcept { memory_.header->wanted.store(bytes, std::memory_order_relaxed); }
+
   uint64_t capacity() const noexcept { return memory_.arena_bytes; }
   uint32_t descriptor_count() const noexcept { return memory_.descriptor_count; }
 
@@ -127,6 +131,8 @@ class LaneConsumer {
     memory_.header->arena_tail.store(position.arena, std::memory_order_release);
     released_ = position;
   }
+  bool is_waited_for() const noexcept { return memory_.header->wanted.load(std::memory_order_relaxed) != 0; }
+
   // What is taken and not yet released.
   uint64_t held_bytes() const noexcept { return arena_taken_ - released_.arena; }
   uint64_t held_records() const noexcept { return taken_ - released_.sequence; }

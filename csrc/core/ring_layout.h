@@ -35,6 +35,7 @@ enum Counter : size_t {
   kBlockedNs = 2,
   kInvalidIds = 3,
   kRecords = 4,
+  kLostForCaptures = 5,
   kLosses = 8,  // three words a cause: steps, layers, rows
 };
 
@@ -73,7 +74,8 @@ static_assert(std::atomic<uint64_t>::is_always_lock_free);
 struct LaneHeader {
   std::atomic<uint64_t> reserved;
   std::atomic<uint64_t> arena_head;
-  uint8_t pad0[48];
+  std::atomic<uint64_t> wanted;
+  uint8_t pad0[40];
   std::atomic<uint64_t> freed;
   std::atomic<uint64_t> arena_tail;
   uint8_t pad1[4016];

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <utility>
 
 #include "core/owner.h"
 
@@ -71,8 +72,14 @@ void copy_kept(const RowsView& view, std::span<const RowSpan> spans, int64_t bas
 
 }  // namespace
 
-StepRecorder::StepRecorder(const Ring& ring, Overflow overflow, uint32_t fields, Messages& messages)
-    : ring_(ring), overflow_(overflow), messages_(messages), lanes_(ring.lanes()), fields_(fields) {
+StepRecorder::StepRecorder(const Ring& ring, Overflow overflow, uint32_t fields, Messages& messages,
+                           std::chrono::nanoseconds patience)
+    : ring_(ring),
+      overflow_(overflow),
+      patience_ns_(patience.count()),
+      messages_(messages),
+      lanes_(ring.lanes()),
+      fields_(fields) {
   for (uint32_t i = 0; i < ring.lanes(); ++i) lanes_[i].producer = LaneProducer(ring.lane(i));
 }
 
@@ -151,7 +158,12 @@ Begun StepRecorder::begin(int64_t rows) noexcept {
   }
   failed_.store(-1, std::memory_order_relaxed);
   claimed_lanes_.store(0, std::memory_order_relaxed);
-  open_step_.store(step + 1, std::memory_order_release);
+  open_step_.store(step + 1, std::memory_order_seq_cst);
+  // close() may have run since the look above: then nobody would take what is recorded now.
+  if (closed_.load(std::memory_order_seq_cst)) [[unlikely]] {
+    if (open_step_.exchange(0, std::memory_order_acq_rel) != 0) lose_step(Loss::kAborted);
+    return Begun::kRefused;
+  }
   return traced_ ? Begun::kAdmitted : Begun::kForCaptures;
 }
 
@@ -226,9 +238,21 @@ bool StepRecorder::admit() noexcept {
   if (fits()) return true;
   if (!blocks()) return false;
   const int64_t start = monotonic_ns();
-  while (!fits() && !closed_.load(std::memory_order_relaxed)) sleep_ns(kRetryNs);
-  ring_.add(kBlockedNs, static_cast<uint64_t>(monotonic_ns() - start));
-  return !closed_.load(std::memory_order_relaxed);
+  bool there = false;
+  int64_t waited = 0;
+  while (!there && has_patience(waited, 0) && !closed_.load(std::memory_order_relaxed)) {
+    sleep_ns(kRetryNs);
+    there = fits();
+    waited = monotonic_ns() - start;
+  }
+  ring_.add(kBlockedNs, static_cast<uint64_t>(waited));
+  return there;
+}
+
+// A stuck disk must not stop a server for good because somebody captures: `drop` is what its owner asked for.
+bool StepRecorder::has_patience(int64_t waited_ns, int64_t without_captures_ns) const noexcept {
+  if (overflow_ == Overflow::kBlock) return true;
+  return waited_ns < (captured_fields_ != 0 ? patience_ns_ : without_captures_ns);
 }
 
 // The threads of a step take lanes in the order in which they come. The step's own record goes into lane 0 whoever ends
@@ -259,8 +283,9 @@ const char* StepRecorder::unusable(const LayerInput& in, uint32_t fields) noexce
   return nullptr;
 }
 
-void StepRecorder::complain(Binding& b, const char* problem) noexcept {
-  if (traced(b) != 0) ring_.lose(Loss::kBadInput, 0, 1, static_cast<uint64_t>(step_rows_));
+void StepRecorder::complain(Binding& b, const char* problem, uint32_t fields, uint32_t wanted) noexcept {
+  if (fields != 0) ring_.lose(Loss::kBadInput, 0, 1, static_cast<uint64_t>(step_rows_));
+  if (wanted != 0) ring_.add(kLostForCaptures, 1);
   if (b.complained.exchange(true, std::memory_order_relaxed)) return;
   try {
     messages_.post("layer " + std::to_string(b.layer) + " is not recorded: " + problem);
@@ -271,16 +296,24 @@ void StepRecorder::complain(Binding& b, const char* problem) noexcept {
 void StepRecorder::record(Binding& b, LayerInput in) noexcept {
   const uint64_t step = open_step_.load(std::memory_order_acquire);
   if (step == 0) return;
-  const uint32_t kept = traced(b), wanted = captured(b), fields = kept | wanted;
-  if (fields == 0) return;
+  uint32_t kept = traced(b), wanted = captured(b);
+  if ((kept | wanted) == 0) return;
   if (failed_.load(std::memory_order_relaxed) >= 0) return;
   if (b.logits_width != 0 && in.logits.width != 0 && in.logits.width != b.logits_width) in.logits.data = nullptr;
-  if (const char* problem = unusable(in, fields)) {
-    b.step.store(step,
-                 std::memory_order_relaxed);  // where further chunks of this layer would lie is not known any more
-    if (!placed_) b.seen = std::numeric_limits<int64_t>::max() / 2;
-    return complain(b, problem);
+  if (const char* problem = unusable(in, kept | wanted)) [[unlikely]] {
+    // What one of the two does not ask for costs it nothing.
+    if (wanted != 0 && kept != 0 && unusable(in, kept) == nullptr) {
+      complain(b, problem, 0, std::exchange(wanted, 0));
+    } else if (wanted != 0 && kept != 0 && unusable(in, wanted) == nullptr) {
+      complain(b, problem, std::exchange(kept, 0), 0);
+    } else {
+      b.step.store(step, std::memory_order_relaxed);
+      // Where further chunks of this layer would lie is not known any more.
+      if (!placed_) b.seen = std::numeric_limits<int64_t>::max() / 2;
+      return complain(b, problem, kept, wanted);
+    }
   }
+  const uint32_t fields = kept | wanted;
 
   // Which of the step's rows does this tensor hold, and which of those are kept?
   const bool again = b.step.load(std::memory_order_relaxed) == step;
@@ -290,8 +323,10 @@ void StepRecorder::record(Binding& b, LayerInput in) noexcept {
   int64_t base = 0, first_row = 0, kept_first = -1, kept_count = 0;
   if (placed_) {
     const Place* place = placed(step, in.ids.rows);
-    if (place == nullptr)
-      return complain(b, "in a layout of ranks that is not known, its tensors do not show whose their rows are");
+    if (place == nullptr) {
+      return complain(b, "in a layout of ranks that is not known, its tensors do not show whose their rows are", kept,
+                      wanted);
+    }
     of_place = {place->start, place->count};
     spans = {&of_place, 1};
     first_row = place->first;
@@ -300,15 +335,15 @@ void StepRecorder::record(Binding& b, LayerInput in) noexcept {
   } else {
     base = again ? b.seen : 0;
     b.seen = base + in.ids.rows;
-    int64_t kept = 0;
+    int64_t before = 0;
     for (const RowSpan& span : spans) {
       const int64_t from = std::max(span.start, base);
       const int64_t to = std::min(span.start + span.count, b.seen);
       if (from < to) {
-        if (kept_first < 0) kept_first = kept + (from - span.start);
+        if (kept_first < 0) kept_first = before + (from - span.start);
         kept_count += to - from;
       }
-      kept += span.count;
+      before += span.count;
     }
   }
   if (kept_count == 0) return;
@@ -316,6 +351,7 @@ void StepRecorder::record(Binding& b, LayerInput in) noexcept {
   const int lane_index = claim_lane(step);
   if (lane_index >= static_cast<int>(lanes_.size())) {
     if (kept != 0) ring_.lose(Loss::kNoLane, 0, 1, static_cast<uint64_t>(kept_count));
+    if (wanted != 0) ring_.add(kLostForCaptures, 1);
     return;
   }
   LaneProducer& lane = lanes_[static_cast<size_t>(lane_index)].producer;
@@ -351,7 +387,7 @@ void StepRecorder::record(Binding& b, LayerInput in) noexcept {
     const int64_t count = std::min(kept_count - done, most);
     shape.rows = static_cast<uint32_t>(count);
     const LayerColumns at = layer_columns(shape);
-    Descriptor* d = reserve(lane, at.bytes);
+    Descriptor* d = reserve(lane, at.bytes, true);
     if (d == nullptr) return fail(streamed() ? Loss::kTooLarge : Loss::kRingFull);
     d->step = step - 1;
     d->kind = RecordKind::kLayer;
@@ -394,15 +430,16 @@ void StepRecorder::record(Binding& b, LayerInput in) noexcept {
 
 // Room for one record. An admitted step has it at once; a streamed one, or one that turned out wider than admission
 // thought, waits for the drain thread.
-Descriptor* StepRecorder::reserve(LaneProducer& lane, uint64_t bytes) noexcept {
+Descriptor* StepRecorder::reserve(LaneProducer& lane, uint64_t bytes, bool of_layer) noexcept {
   if (align_up(bytes, kAlign) > lane.capacity() / 2) return nullptr;  // could not be placed, however long one waits
   if (Descriptor* d = lane.reserve(bytes)) [[likely]]
     return d;
-  return wait_for_room(lane, bytes);
+  return wait_for_room(lane, bytes, of_layer);
 }
 
-Descriptor* StepRecorder::wait_for_room(LaneProducer& lane, uint64_t bytes) noexcept {
+Descriptor* StepRecorder::wait_for_room(LaneProducer& lane, uint64_t bytes, bool of_layer) noexcept {
   streamed_.store(true, std::memory_order_relaxed);
+  lane.want(bytes);
   const int64_t start = monotonic_ns();
   Descriptor* d = nullptr;
   int64_t waited = 0;
@@ -410,7 +447,10 @@ Descriptor* StepRecorder::wait_for_room(LaneProducer& lane, uint64_t bytes) noex
     sleep_ns(kRetryNs);
     d = lane.reserve(bytes);
     waited = monotonic_ns() - start;
-  } while (d == nullptr && (blocks() || waited < kStallLimitNs) && !closed_.load(std::memory_order_relaxed));
+    // Another thread may have lost the step meanwhile.
+    if (of_layer && failed_.load(std::memory_order_relaxed) >= 0) break;
+  } while (d == nullptr && has_patience(waited, kStallLimitNs) && !closed_.load(std::memory_order_relaxed));
+  lane.want(0);
   ring_.add(kBlockedNs, static_cast<uint64_t>(waited));
   return d;
 }
@@ -434,8 +474,8 @@ void StepRecorder::abort_step() noexcept {
 // May be called by another thread than the model's, which may be anywhere in a step: so it touches no lane.
 void StepRecorder::close() noexcept {
   unbind_all(*this);
-  closed_.store(true, std::memory_order_relaxed);
-  if (open_step_.exchange(0, std::memory_order_acq_rel) != 0) lose_step(Loss::kAborted);
+  closed_.store(true, std::memory_order_seq_cst);
+  if (open_step_.exchange(0, std::memory_order_seq_cst) != 0) lose_step(Loss::kAborted);
 }
 
 void StepRecorder::close_step(uint64_t step, const StepTable* table) noexcept {
@@ -445,7 +485,7 @@ void StepRecorder::close_step(uint64_t step, const StepTable* table) noexcept {
   if (whole) {
     at = step_parts(table->runs.size(), !table->tokens.empty(), static_cast<uint64_t>(step_rows_), table->notes.size());
   }
-  Descriptor* d = reserve(lane, at.bytes);
+  Descriptor* d = reserve(lane, at.bytes, false);
   if (d == nullptr) {
     // Not even the table fits. Without its step record the step does not exist: the drain thread drops its layers.
     if (whole) fail(Loss::kTooLarge);
@@ -493,6 +533,7 @@ void StepRecorder::count_silent_layers(uint64_t step) noexcept {
 }
 
 void StepRecorder::lose_step(Loss cause) noexcept {
+  if (captured_fields_ != 0) ring_.add(kLostForCaptures, 1);
   if (!traced_) return;  // counted as paused
   ring_.lose(cause, 1, enabled_layers_, static_cast<uint64_t>(step_rows_));
 }

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -71,7 +72,9 @@ enum class Begun { kAdmitted, kRefused, kPaused, kNested, kForCaptures };
 
 class StepRecorder {
  public:
-  StepRecorder(const Ring& ring, Overflow overflow, uint32_t fields, Messages& messages);
+  // `patience`: how long a step waits for room because of captures alone, with a trace that would drop it.
+  StepRecorder(const Ring& ring, Overflow overflow, uint32_t fields, Messages& messages,
+               std::chrono::nanoseconds patience = std::chrono::seconds(30));
   ~StepRecorder();
   StepRecorder(const StepRecorder&) = delete;
   StepRecorder& operator=(const StepRecorder&) = delete;
@@ -104,7 +107,8 @@ class StepRecorder {
   // These by the thread that begins steps, while none is open. `counted`: no row of the next steps will be stored.
   void configure(uint32_t fields, bool counted) noexcept;
   void enable(Binding& binding, bool enabled) noexcept;
-  // What captures want of the next steps, whatever the trace has of them; 0: nothing. Meanwhile no step is dropped.
+  // What captures want of the next steps, whatever the trace has of them; 0: nothing. Meanwhile no step is dropped, but
+  // for one that has waited too long. What captures lose is counted for them.
   void capture(uint32_t fields) noexcept;
   void want(Binding& binding, bool wanted) noexcept;
 
@@ -133,10 +137,13 @@ class StepRecorder {
   uint32_t traced(const Binding& binding) const noexcept;
   uint32_t captured(const Binding& binding) const noexcept;
   static const char* unusable(const LayerInput& input, uint32_t fields) noexcept;
-  [[gnu::cold]] void complain(Binding& binding, const char* problem) noexcept;
+  // `fields` of the trace and `wanted` by captures are lost.
+  [[gnu::cold]] void complain(Binding& binding, const char* problem, uint32_t fields, uint32_t wanted) noexcept;
   const Place* placed(uint64_t step, int64_t tensor_rows) const noexcept;
-  Descriptor* reserve(LaneProducer& lane, uint64_t bytes) noexcept;
-  [[gnu::cold]] Descriptor* wait_for_room(LaneProducer& lane, uint64_t bytes) noexcept;
+  // `of_layer`: there is no use in waiting once the step is lost.
+  Descriptor* reserve(LaneProducer& lane, uint64_t bytes, bool of_layer) noexcept;
+  [[gnu::cold]] Descriptor* wait_for_room(LaneProducer& lane, uint64_t bytes, bool of_layer) noexcept;
+  bool has_patience(int64_t waited_ns, int64_t without_captures_ns) const noexcept;
   [[gnu::cold]] void fail(Loss cause) noexcept;
   void close_step(uint64_t step, const StepTable* table) noexcept;
   void count_silent_layers(uint64_t step) noexcept;
@@ -144,6 +151,7 @@ class StepRecorder {
 
   const Ring& ring_;
   const Overflow overflow_;
+  const int64_t patience_ns_;
   Messages& messages_;
   std::vector<Lane> lanes_;
   std::vector<Binding*> bindings_;

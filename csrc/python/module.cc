@@ -2,9 +2,12 @@
 // op.
 #include "python/module.h"
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/mman.h>
 
+#include <cerrno>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -154,6 +157,7 @@ class Handle {
   }
 
   void abort_step() {
+    const py::gil_scoped_release release;  // it may wait for room
     if (usable()) recording_->steps().abort_step();
   }
   void pause(bool paused) {
@@ -175,7 +179,12 @@ class Handle {
     if (usable() && b != nullptr) recording_->steps().want(*b, wanted);
   }
   py::tuple open_capture(uint32_t fields, std::optional<std::vector<uint16_t>> layers) {
-    const Captures::Opened opened = get().drain().captures().open({fields, std::move(layers)});
+    CaptureOptions options{.fields = fields, .layers = std::move(layers)};
+    Captures::Opened opened;
+    {
+      const py::gil_scoped_release release;
+      opened = get().drain().captures().open(std::move(options));
+    }
     return py::make_tuple(opened.number, opened.fd);
   }
   void add_captured(uint64_t number, uint32_t request, uint32_t sample, uint32_t child, uint32_t capacity) {
@@ -191,6 +200,7 @@ class Handle {
     return py::make_tuple(closed.index, closed.bytes, closed.problem);
   }
   std::vector<uint64_t> captures() {
+    const py::gil_scoped_release release;
     return usable() ? recording_->drain().captures().numbers() : std::vector<uint64_t>{};
   }
   bool catch_up(double seconds) {
@@ -229,6 +239,7 @@ class Handle {
     out["blocked_seconds"] = static_cast<double>(read(kBlockedNs)) * 1e-9;
     out["invalid_ids"] = read(kInvalidIds);
     out["records"] = read(kRecords);
+    out["lost_for_captures"] = read(kLostForCaptures);
     py::dict lost;
     for (size_t c = 0; c < kLossCauses; ++c) {
       const LossTotals t = ring.losses(static_cast<Loss>(c));
@@ -261,6 +272,22 @@ class Handle {
 
   std::unique_ptr<Recording> recording_;
 };
+
+// A file's first bytes, mapped copy-on-write: uint8, writable. The mapping has the file, and its lock, without a
+// descriptor.
+py::array_t<uint8_t> map_private(int fd, size_t bytes) {
+  void* mapped = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, fd, 0);
+  if (mapped == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "no addresses for a capture");
+  struct Mapping {
+    void* data;
+    size_t bytes;
+  };
+  const py::capsule owner(new Mapping{mapped, bytes}, [](void* held) {
+    const std::unique_ptr<Mapping> mapping(static_cast<Mapping*>(held));
+    ::munmap(mapping->data, mapping->bytes);
+  });
+  return {{bytes}, static_cast<uint8_t*>(mapped), owner};
+}
 
 }  // namespace
 
@@ -315,6 +342,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MESSAGES") = kMessages;
   define_direct(m);
   define_request_rows(m);
+  m.def("map_private", &map_private, py::arg("fd"), py::arg("bytes"));
   m.def("owner", [] {
     const Owner owner = Owner::self();
     py::dict out;

@@ -32,6 +32,7 @@ Assembler::Assembler(const Ring& ring, Captures& captures) : ring_(ring), captur
 
 bool Assembler::poll() {
   bool took = false;
+  room_wanted_ = std::ranges::any_of(lanes_, &LaneConsumer::is_waited_for);
   LaneConsumer& first = lanes_[0];
   while (const Descriptor* d = first.peek()) {
     took = true;
@@ -227,9 +228,10 @@ void Assembler::give_up() noexcept {
   }
   ready_.clear();
   lose_open();
+  if (!open_.captured.empty()) ring_.add(kLostForCaptures, 1);
   open_.drop_captured();
   for (size_t i = 0; i < lanes_.size(); ++i) {
-    released_[i] = lanes_[i].position();
+    released_[i] = complete_[i] = lanes_[i].position();
     lanes_[i].release(released_[i]);
   }
 }

@@ -23,6 +23,8 @@ class Assembler {
   // The step whose record has not come yet; its layers may be written early when the step is streamed.
   StepData& open() { return open_; }
   bool open_is_streamed() const { return has_open_ && open_streamed_; }
+  // Whether, at the last look, somebody waited for room. All that can be given back is, then.
+  bool room_is_wanted() const { return room_wanted_; }
   std::vector<LaneConsumer::Position> positions() const;
   // Behind the last step whose record came.
   const std::vector<LaneConsumer::Position>& complete() const { return complete_; }
@@ -55,6 +57,7 @@ class Assembler {
   StepData open_;
   bool has_open_ = false;
   bool open_streamed_ = false;
+  bool room_wanted_ = false;
 };
 
 }  // namespace moe_native

@@ -98,7 +98,7 @@ void Drain::close() {
 std::chrono::milliseconds Drain::until_next_look(uint64_t took_bytes) {
   const LaneMemory lane = ring_.lane(0);
   const auto now = Clock::now();
-  if (assembler_.open_is_streamed() || took_bytes > lane.arena_bytes / 16) busy_until_ = now + kBusySpell;
+  if (assembler_.open_is_streamed() || assembler_.room_is_wanted() || took_bytes > lane.arena_bytes / 16) busy_until_ = now + kBusySpell;
   if (now < busy_until_) return std::chrono::milliseconds(kBusyMs);
   const auto time_to_fill = [](uint64_t capacity, uint64_t held, uint64_t fastest) {
     return (capacity / 2 - std::min(held, capacity / 2)) / fastest;
@@ -171,8 +171,14 @@ void Drain::give_back() {
   assembler_.release(assembler_.positions());
 }
 
+// While the disk takes nothing, room could be had only by losing what waits for it.
+bool Drain::room_is_wanted() const {
+  return assembler_.room_is_wanted() && !(failing_ && Clock::now() < retry_at_);
+}
+
 // A step that was admitted needs half of the ring at most; one that turned out larger is streamed like any other.
 bool Drain::open_is_large() const {
+  if (room_is_wanted()) return true;
   const uint64_t share = assembler_.open_is_streamed() ? 4 : 2;
   return assembler_.held_bytes() >= std::min(kFragmentBytes, ring_.lane(0).arena_bytes / share) ||
          assembler_.held_records() >= ring_.lane(0).descriptor_count / share;
@@ -181,12 +187,16 @@ bool Drain::open_is_large() const {
 // A quarter of the arena is packed while the rest takes new steps.
 uint64_t Drain::pressure_bytes() const { return std::min(kBlockBytes, ring_.lane(0).arena_bytes / 4); }
 
+bool Drain::is_full() const {
+  return room_is_wanted() || assembler_.held_bytes() >= 2 * pressure_bytes() ||
+         assembler_.held_records() >= ring_.lane(0).descriptor_count / 4;
+}
+
 void Drain::write_ready(bool all) {
   auto& ready = assembler_.ready();
-  const uint64_t most_records = ring_.lane(0).descriptor_count / 4;
   for (;;) {
     // The batch grows step by step, until it is large enough or a step of other shapes cuts it.
-    bool full = assembler_.held_bytes() >= 2 * pressure_bytes() || assembler_.held_records() >= most_records;
+    bool full = is_full();
     while (batch_ < ready.size() && batch_bytes_ < pressure_bytes()) {
       if (batch_ > 0 && !share_a_block(ready[batch_ - 1], ready[batch_])) {
         full = true;
@@ -210,9 +220,8 @@ void Drain::write_ready(bool all) {
     batch_ = batch_bytes_ = 0;
   }
   // Records of aborted steps alone can fill the ring as well.
-  const bool full = assembler_.held_bytes() >= 2 * pressure_bytes() || assembler_.held_records() >= most_records;
   const StepData& open = assembler_.open();
-  if (full && open.pieces.empty() && open.captured.empty() && open.fragments == 0) {
+  if (is_full() && open.pieces.empty() && open.captured.empty() && open.fragments == 0) {
     write_block({}, assembler_.positions());
   }
 }

@@ -76,6 +76,8 @@ class Drain {
   BlockExtras extras_for(const std::vector<LaneConsumer::Position>& end) const;
   std::vector<LossTotals> losses() const;
   uint64_t pressure_bytes() const;
+  bool is_full() const;
+  bool room_is_wanted() const;
 
   const Ring& ring_;
   const DrainOptions options_;

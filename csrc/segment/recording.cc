@@ -50,8 +50,7 @@ bool Recording::here() const { return forks.load(std::memory_order_relaxed) == f
 void Recording::pause(bool paused) { steps_->pause(paused || !has_trace_); }
 
 void Recording::close() {
-  if (closed_ || !here()) return;
-  closed_ = true;
+  if (!here() || closed_.exchange(true, std::memory_order_acq_rel)) return;
   steps_->close();
   drain_->close();
   ring_->unlink();

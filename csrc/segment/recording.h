@@ -1,6 +1,7 @@
 // One recorder, whole: its ring, the producer's side, the drain thread. What the Python bindings hold.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -33,7 +34,7 @@ class Recording {
   void pause(bool paused);
   // Everything committed goes to the trace, then the ring is removed. Safe to call twice.
   void close();
-  bool closed() const { return closed_; }
+  bool closed() const { return closed_.load(std::memory_order_acquire); }
   // False in a forked child, where there is neither ring nor drain thread and nothing must be called.
   bool here() const;
 
@@ -44,7 +45,7 @@ class Recording {
   std::unique_ptr<Ring> ring_;
   std::unique_ptr<StepRecorder> steps_;
   std::unique_ptr<Drain> drain_;
-  bool closed_ = false;
+  std::atomic<bool> closed_{false};
 };
 
 }  // namespace moe_native

@@ -4,8 +4,8 @@ without a copy. csrc/capture/capture.h has the layout."""
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moe_native import _C
 from moe_native.captures.errors import CaptureError
+from moe_native.capturing import identity_of
 
 FIELDS = ("ids", "weights", "logits", "hidden")  # the columns of a plot, in their order
 
@@ -28,7 +30,6 @@ _REQUEST = np.dtype([("sample", "<u4"), ("child", "<u4"), ("capacity", "<u4"), (
 _SPAN = np.dtype([("first", "<u4"), ("end", "<u4")])
 _NO_PLOT = (1 << 64) - 1
 _WIDTHS = {"ids": "k", "weights": "k", "logits": "logits_width", "hidden": "hidden_width"}
-_MAP_NORESERVE = 0x4000  # Python 3.11 has no name for it
 # By csrc/core/dtype.h. Two bytes of an id are int16, with which torch can do everything: no model has as many experts
 # as would make one negative, and what marks an invalid id, 65535, becomes -1.
 _DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.float16, 5: torch.bfloat16, 6: torch.float32}
@@ -45,7 +46,7 @@ class Column:
         spans: the positions that have rows, as (first, end), ascending and apart.
     """
 
-    memory: mmap.mmap
+    memory: npt.NDArray[np.uint8]
     offset: int
     dtype: torch.dtype
     width: int
@@ -66,14 +67,17 @@ class Memory:
 
     Args:
         process, handle: the worker's process id, and its file descriptor.
+        identity: of the file, as the worker sees it (`identity_of`).
 
     Raises:
         OSError: the worker's memory cannot be reached from here.
     """
 
-    def __init__(self, process: int, handle: int) -> None:
+    def __init__(self, process: int, handle: int, identity: Sequence[int]) -> None:
         self._file = os.open(f"/proc/{process}/fd/{handle}", os.O_RDWR | os.O_CLOEXEC)
         try:
+            if identity_of(self._file) != list(identity):
+                raise OSError("that process here is another one")
             fcntl.flock(self._file, fcntl.LOCK_SH)
         except BaseException:
             os.close(self._file)
@@ -88,15 +92,14 @@ class Memory:
     def read(self, index_at: int, size: int) -> dict[Key, dict[tuple[str, int], Column]]:
         """What is in the first `size` bytes, whose index begins at `index_at`: columns by field and layer, of each
         sample. The lock lives as long as the columns and the tensors made of them."""
-        flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
-        memory = mmap.mmap(self._file, size, flags, mmap.PROT_READ | mmap.PROT_WRITE)
-        self.release()  # the mapping has the file as well
+        memory = _C.map_private(self._file, size)
+        self.release()  # the mapping has the file as well, and needs no descriptor for it
         index = _Index(memory, index_at)
         return {key: index.columns(number) for number, key in enumerate(index.keys)}
 
 
 class _Index:
-    def __init__(self, memory: mmap.mmap, at: int) -> None:
+    def __init__(self, memory: npt.NDArray[np.uint8], at: int) -> None:
         self._memory = memory
         head = np.frombuffer(memory, _HEAD, 1, at)[0]
         if head["magic"] != b"MOECAPT1":
@@ -169,6 +172,16 @@ def gap(columns: list[Column], rows: int) -> int | None:
             break
         have = max(have, end)
     return have if have < rows else None
+
+
+def disputed(columns: list[Column], rows: int) -> int | None:
+    """The first of `rows` positions that several workers have: which of them executed it last is not known."""
+    end = 0
+    for first, last in sorted(span for column in columns for span in column.spans):
+        if first < min(end, rows):
+            return first
+        end = max(end, last)
+    return None
 
 
 def joined(columns: list[Column], rows: int) -> torch.Tensor:

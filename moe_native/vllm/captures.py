@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_native.capturing import wanted
+from moe_native.capturing import identity_of, wanted
 from moe_native.recorder import Recorder
 from moe_native.vllm import KEY
 from moe_native.vllm.media import MediaSpan
@@ -71,6 +71,7 @@ class Captures:
         return {
             "process": os.getpid(),
             "handle": handle,
+            "identity": identity_of(handle),
             "layers": [list(layer) for layer in self._layers],
             # With keys that any serialisation knows.
             "missed": [[layer, why] for layer, why in self._missed.items()],

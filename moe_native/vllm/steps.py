@@ -181,6 +181,8 @@ class Steps:
         """Commit the step after `end` raised: rows that we cannot tell apart are nobody's, rather than somebody
         else's. True."""
         self._fates.missed()
+        if self._announced is None:
+            self._recorder.captures.lose_step()
         rows = scheduler_output.total_num_scheduled_tokens
         runs = np.array([(UNKNOWN, UNKNOWN, rows, 0, 0)], RUN_DTYPE)
         self._recorder.end_step(runs if self._forward is None else self._forward.cut(runs, None)[0])

@@ -177,9 +177,53 @@ TEST_F(CapturesTest, WhereMemoryLacksRowsAreMissingAndItIsSaid) {
   EXPECT_NE(of_much.problem, "");
   const DecodedCapture got = decode(much_reader, of_much);
   expect_rows(got, router, 0, 7, {}, kFields);
-  expect_rows(got, router, 1, 8, {{0, 2}}, kFields);
+  expect_rows(got, router, 1, 8, {{0, 1}}, kFields);  // what has failed takes no more
   EXPECT_EQ(of_little.problem, "");
   expect_rows(decode(little_reader, of_little), router, 0, 7, {{0, 2}}, kFields);
+}
+
+TEST_F(CapturesTest, SomeMemoryIsLeftToOthers) {
+  constexpr uint64_t kMib = 1 << 20;
+  uint64_t available = 400 * kMib;
+  router.hidden = 1 << 20;  // 2 MiB a row
+  int looks = 0;
+  CaptureOptions options{kFields, {}};
+  options.available = [&] { return ++looks, available; };
+  const auto opened = captures.open(options), other = captures.open({kFields, {}});
+  const Reader reader(opened.fd), other_reader(other.fd);
+  captures.add(opened.number, 7, 0, 0, 1000);
+  captures.add(other.number, 7, 0, 0, 1000);
+  for (uint32_t p = 0; p < 40; ++p) take({run(7, p, 1)});
+  EXPECT_EQ(looks, 1) << "after 64 MiB";
+  for (uint32_t p = 0; p < 40; ++p) take({run(7, p, 1)}, 1);
+  EXPECT_EQ(looks, 1) << "rows that replace others take no memory";
+  available = 300 * kMib;
+  for (uint32_t p = 40; p < 80; ++p) take({run(7, p, 1)});
+  EXPECT_EQ(looks, 2);
+  const auto closed = captures.close(opened.number), whole = captures.close(other.number);
+  EXPECT_NE(closed.problem.find("no memory is left"), std::string::npos) << closed.problem;
+  const auto rows = decode(reader, closed).requests.at(0);
+  EXPECT_EQ(whole.problem, "");
+  EXPECT_LT(reader.bytes(closed.bytes).size(), 4096 * kMib);
+}
+
+TEST_F(CapturesTest, WhatALargeCaptureHasLeftIsNotKeptForSmallOnes) {
+  const auto one = [&](uint32_t rows) {
+    const auto opened = captures.open({kFields, {}});
+    captures.add(opened.number, 7, 0, 0, rows);
+    for (uint32_t p = 0; p < rows; ++p) take({run(7, p, 1)});
+    const Reader reader(opened.fd);
+    struct stat status;
+    EXPECT_EQ(::fstat(opened.fd, &status), 0);
+    captures.close(opened.number);
+    return std::pair(status.st_ino, static_cast<uint64_t>(status.st_blocks) * 512);
+  };
+  router.hidden = 1 << 20;  // 2 MiB a row
+  const auto [file, large] = one(60);
+  EXPECT_GT(large, uint64_t{110} << 20);
+  EXPECT_EQ(one(1), std::pair(file, large)) << "it may be as large again";
+  EXPECT_EQ(one(1).first, file);
+  EXPECT_LT(one(1).second, uint64_t{20} << 20);
 }
 
 TEST_F(CapturesTest, FreeingWhatIsUnusedLeavesWhatIsOpen) {

@@ -162,6 +162,57 @@ TEST_F(StepRecorderCaptureTest, TensorsAndThreadsThatOnlyCapturesLackAreNoLossOf
   EXPECT_EQ(messages.take().size(), 3u) << "but it is said, once a layer";
 }
 
+TEST_F(StepRecorderCaptureTest, WhatOneOfBothDoesNotAskForCostsItNothing) {
+  const auto layers = test::bind_layers(recorder, 1, 60, 4);
+  const Routed routed(3, 4, 60);
+  LayerInput input = routed.input(true);
+  const auto layer_of = [&](uint32_t traced, uint32_t captured) {
+    recorder.configure(traced, false);
+    want(layers, captured);
+    begin(3);
+    recorder.record(*layers[0], input);
+    StepTable table;
+    const Runs runs = {run(0, 0, 3)};
+    table.runs = runs;
+    EXPECT_TRUE(recorder.end_step(table));
+    const Descriptor* d = next();
+    if (d->kind == RecordKind::kLayer) next();
+    return d;
+  };
+  input.logits.width = 0;  // the router has other logits than are known
+  const Descriptor* of_trace = layer_of(kFieldIds, kFieldLogits);
+  ASSERT_EQ(of_trace->kind, RecordKind::kLayer);
+  EXPECT_EQ(of_trace->flags, 0u);
+  EXPECT_EQ(t.ring.losses(Loss::kBadInput).layers, 0u);
+  EXPECT_EQ(count(kLostForCaptures), 1u);
+  const Descriptor* of_captures = layer_of(kFieldLogits, kFieldIds);
+  ASSERT_EQ(of_captures->kind, RecordKind::kLayer);
+  EXPECT_EQ(of_captures->flags, kCaptured | kCapturedOnly);
+  EXPECT_EQ(t.ring.losses(Loss::kBadInput).layers, 1u);
+  EXPECT_EQ(count(kLostForCaptures), 1u);
+  EXPECT_EQ(layer_of(kFieldLogits, kFieldLogits)->kind, RecordKind::kStep);
+  EXPECT_EQ(t.ring.losses(Loss::kBadInput).layers, 2u);
+  EXPECT_EQ(count(kLostForCaptures), 2u);
+  expect_adds_up();
+}
+
+TEST_F(StepRecorderCaptureTest, WhatCapturesLoseIsCountedForThem) {
+  const auto layers = test::bind_layers(recorder, 2, 60, 4);
+  begin(3);
+  recorder.abort_step();
+  EXPECT_EQ(count(kLostForCaptures), 0u) << "nothing is captured";
+  want(layers, kFieldIds);
+  for (const bool paused : {false, true}) {
+    recorder.pause(paused);
+    begin(3);
+    recorder.abort_step();
+  }
+  EXPECT_EQ(count(kLostForCaptures), 2u);
+  recorder.pause(false);
+  ASSERT_TRUE(execute(layers, {run(0, 0, 3)}));
+  EXPECT_EQ(count(kLostForCaptures), 2u);
+}
+
 TEST_F(StepRecorderCaptureTest, PausingIsForTheNextStep) {
   const auto layers = test::bind_layers(recorder, 1, 60, 4);
   want(layers, kFieldIds);
@@ -241,6 +292,32 @@ TEST_F(StepRecorderCaptureTest, NoStepIsDroppedWhileSomethingIsCaptured) {
     refused += test::record_step(recorder, layers, routed, {run(0, 0, 1000)}) ? 0 : 1;
   EXPECT_GT(refused, 0) << "and afterwards as before";
   expect_adds_up();
+}
+
+// The disk is stuck, and the trace may lose steps: then a capture must not stop the server for good.
+TEST(StepRecorderPatienceTest, ACaptureWaitsItsTimeAndNotForEver) {
+  for (const Overflow overflow : {Overflow::kDrop, Overflow::kBlock}) {
+    test::TestRing t;
+    Messages messages;
+    StepRecorder recorder(t.ring, overflow, kFieldIds, messages, std::chrono::milliseconds(600));
+    const auto layers = test::bind_layers(recorder, 4, 60, 4);
+    recorder.capture(kFieldIds);
+    for (Binding* b : layers) recorder.want(*b, true);
+    const Routed routed(1000, 4, 60);
+    std::atomic<bool> blocked{true};
+    std::thread closer([&] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1500));
+      if (blocked) recorder.close();
+    });
+    int kept = 0;
+    while (test::record_step(recorder, layers, routed, {run(0, 0, 1000)})) ++kept;
+    blocked = false;
+    closer.join();
+    EXPECT_GT(kept, 3);
+    EXPECT_EQ(t.ring.counter(kLostForCaptures).load(), 1u);
+    EXPECT_GE(t.ring.counter(kBlockedNs).load(), overflow == Overflow::kDrop ? 600'000'000u : 1'000'000'000u);
+    EXPECT_EQ(recorder.begin_step({}) == Begun::kPaused, overflow == Overflow::kBlock) << "is it closed";
+  }
 }
 
 TEST_F(StepRecorderCaptureTest, AStepThatIsStreamedWaitsAsLongAsItTakes) {
