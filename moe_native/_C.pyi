@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 ADMITTED: int  # what `begin_step` returns for a step that is recorded
@@ -61,8 +62,6 @@ class Recording:
     @property
     def step_open(self) -> bool: ...
 
-def map_private(fd: int, bytes: int) -> npt.NDArray[np.uint8]: ...
-
 class RequestRows:
     """A request under way (csrc/core/request_rows.h)."""
 
@@ -105,4 +104,5 @@ def direct(dispatched: Callable[..., None], tensor: type, exchange: object) -> C
     """A function with the arguments of the op, whose tensors it reads past torch's dispatcher (csrc/python/direct.cc);
     what it cannot, it hands to `dispatched`. None where this torch's DLPack is not known."""
 
+def map_private(fd: int, bytes: int) -> npt.NDArray[np.uint8]: ...
 def owner() -> dict[str, Any]: ...

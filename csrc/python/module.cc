@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 
 #include <cerrno>
 #include <cstring>
@@ -276,6 +277,9 @@ class Handle {
 // A file's first bytes, mapped copy-on-write: uint8, writable. The mapping has the file, and its lock, without a
 // descriptor.
 py::array_t<uint8_t> map_private(int fd, size_t bytes) {
+  struct stat status;
+  if (::fstat(fd, &status) != 0) throw std::system_error(errno, std::generic_category(), "no file");
+  if (static_cast<uint64_t>(status.st_size) < bytes) throw py::value_error("the file is shorter");
   void* mapped = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, fd, 0);
   if (mapped == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "no addresses for a capture");
   struct Mapping {
@@ -286,7 +290,7 @@ py::array_t<uint8_t> map_private(int fd, size_t bytes) {
     const std::unique_ptr<Mapping> mapping(static_cast<Mapping*>(held));
     ::munmap(mapping->data, mapping->bytes);
   });
-  return {{bytes}, static_cast<uint8_t*>(mapped), owner};
+  return py::array_t<uint8_t>(static_cast<py::ssize_t>(bytes), static_cast<uint8_t*>(mapped), owner);
 }
 
 }  // namespace

@@ -149,7 +149,7 @@ class Exchange:
 
 def _memory(reply: Mapping[str, Any]) -> Memory:
     try:
-        return Memory(reply["process"], reply["handle"])
+        return Memory(reply["process"], reply["handle"], reply["identity"])
     except OSError as error:
         raise CaptureError(
             f"the memory of the engine's worker (process {reply['process']}) cannot be mapped here: {error}. Capture "

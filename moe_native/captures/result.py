@@ -11,7 +11,7 @@ import torch
 from moe_native.captures.engine import Exchange, Found
 from moe_native.captures.errors import CaptureError
 from moe_native.captures.prompts import is_of_embeddings
-from moe_native.captures.regions import Column, Key, gap
+from moe_native.captures.regions import Column, Key, disputed, gap
 from moe_native.captures.sample import ByLayer, Sample
 from moe_trace.units import count
 
@@ -173,18 +173,24 @@ def _check(
 ) -> None:
     """Raises CaptureError where a row is missing: better no tensor than a wrong one."""
     why = f": {problems}" if problems else ". The engine's log may say why"
-    gaps: dict[tuple[int, ...], int | None] = {}  # the workers that have a column, and what they lack
+    checked: set[tuple[int, ...]] = set()  # the workers that have a column
     for layer in layers:
         for field in fields:
             parts = columns.get((field, layer))
             if parts is None:
                 raise CaptureError(f"prompt {number} has no {field} of layer {layer}{why}")
             workers = tuple(id(part.spans) for part in parts)
-            if workers not in gaps:
-                gaps[workers] = gap(parts, rows)
-            missing = gaps[workers]
+            if workers in checked:
+                continue
+            checked.add(workers)
+            missing, several = gap(parts, rows), disputed(parts, rows)
             if missing is not None:
                 raise CaptureError(
                     f"prompt {number} lacks rows from position {missing} on, of {rows}, in {field} of layer {layer} or "
                     f"another{why}"
+                )
+            if several is not None:
+                raise CaptureError(
+                    f"position {several} of prompt {number} was executed by several workers, and it is not known by "
+                    "which one last: capture without speculative decoding, and with fewer requests at a time"
                 )

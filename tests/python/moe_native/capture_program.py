@@ -11,7 +11,7 @@ import torch
 
 import moe_native
 from moe_native.captures.regions import Column, Key, Memory
-from moe_native.capturing import wanted
+from moe_native.capturing import identity_of, wanted
 
 ALL = ("ids", "weights", "logits", "hidden")
 MOST = 1 << 12  # positions of a request
@@ -104,7 +104,7 @@ class Captured:
     def __init__(self, recorder: moe_native.Recorder, fields: Any = ALL, layers: Any = None) -> None:
         self.recorder = recorder
         self.number, self.handle = recorder.captures.open(wanted(fields, layers))
-        self.memory = Memory(os.getpid(), self.handle)
+        self.memory = Memory(os.getpid(), self.handle, identity_of(self.handle))
 
     def add(self, request: str, *, sample: int = 0, child: int = 0, capacity: int = 64) -> Captured:
         index = self.recorder.request(request)

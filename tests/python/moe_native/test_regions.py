@@ -4,18 +4,19 @@ locked."""
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
 import struct
 import subprocess
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from moe_native.captures.errors import CaptureError
-from moe_native.captures.regions import Column, Memory, gap, joined
+from moe_native.captures.regions import Column, Memory, disputed, gap, joined
+from moe_native.capturing import identity_of
 
 U8, U16, F16, BF16, F32 = 1, 2, 4, 5, 6  # csrc/core/dtype.h
 NOWHERE = (1 << 64) - 1
@@ -49,7 +50,7 @@ class File:
         os.pwrite(self.handle, raw, at)
 
     def open(self) -> Memory:
-        return Memory(os.getpid(), self.handle)
+        return Memory(os.getpid(), self.handle, identity_of(self.handle))
 
     def read(self) -> dict[Any, Any]:
         return self.open().read(INDEX, LENGTH)
@@ -169,12 +170,32 @@ def test_memory_that_cannot_be_reached(file: File) -> None:
     child.wait()
     for process, handle in ((child.pid, 3), (os.getpid(), 1 << 20)):
         with pytest.raises(FileNotFoundError):
-            Memory(process, handle)
+            Memory(process, handle, [0, 0])
     reader, writer = os.pipe()
     os.close(writer)
     os.close(reader)
     with pytest.raises(OSError):
-        Memory(os.getpid(), reader)
+        Memory(os.getpid(), reader, [0, 0])
+
+
+def test_memory_of_another_process_of_that_number_is_not_touched(file: File) -> None:
+    other = File()
+    with pytest.raises(OSError, match="another one"):
+        Memory(os.getpid(), other.handle, identity_of(file.handle))
+    assert not other.locked
+    os.close(other.handle)
+
+
+def test_what_was_mapped_takes_no_descriptor(one_layer: File) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    kept = [one_layer.read()[0, 0]["ids", 3].rows(0, 4) for _ in range(20)]
+    assert len(os.listdir("/proc/self/fd")) == before and one_layer.locked
+    assert all(rows.flatten().tolist() == list(range(8)) for rows in kept)
+
+
+def test_an_index_that_would_lie_behind_the_file_is_an_error(one_layer: File) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        one_layer.open().read(INDEX, LENGTH + 1)
 
 
 # Rows that several workers have.
@@ -182,9 +203,8 @@ def test_memory_that_cannot_be_reached(file: File) -> None:
 
 def column(width: int, *spans: tuple[int, int], base: int = 0) -> Column:
     """Row `p` is `base + p`, as often as it is wide. It has room for 20."""
-    memory = mmap.mmap(-1, 20 * width * 4)
-    memory.write(torch.arange(base, base + 20, dtype=torch.float32).repeat_interleave(width).numpy().tobytes())
-    return Column(memory, 0, torch.float32, width, 20, tuple(spans))
+    rows = torch.arange(base, base + 20, dtype=torch.float32).repeat_interleave(width)
+    return Column(rows.numpy().view(np.uint8), 0, torch.float32, width, 20, tuple(spans))
 
 
 @pytest.mark.parametrize(
@@ -206,6 +226,21 @@ def column(width: int, *spans: tuple[int, int], base: int = 0) -> Column:
 )
 def test_the_first_row_that_nobody_has(spans: list[Any], rows: int, missing: int | None) -> None:
     assert gap([column(1, *each) for each in spans], rows) == missing
+
+
+@pytest.mark.parametrize(
+    ("spans", "rows", "first"),
+    [
+        ([[(0, 5)]], 5, None),
+        ([[(0, 2), (3, 5)], [(2, 3)]], 5, None),
+        ([[(0, 5)], [(1, 2)]], 6, 1),
+        ([[(0, 4)], [(2, 6)], [(6, 8)]], 8, 2),
+        ([[(0, 4)], [(4, 9)], [(6, 8)]], 6, None),  # drafts behind the last
+        ([[(0, 4)], [(4, 9)], [(6, 8)]], 7, 6),
+    ],
+)
+def test_positions_that_several_workers_have(spans: list[Any], rows: int, first: int | None) -> None:
+    assert disputed([column(1, *each) for each in spans], rows) == first
 
 
 def test_rows_of_one_worker_are_not_copied() -> None:
