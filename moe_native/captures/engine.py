@@ -13,6 +13,7 @@ from moe_native.captures.regions import Column, Key, Memory
 from moe_native.capturing import wanted
 from moe_native.tier import Tier
 from moe_native.vllm import KEY
+from moe_native.vllm.plugin import forbidden
 
 METHOD = "moe_native_capture"  #: of a worker that can be captured
 _ARM = (
@@ -32,6 +33,11 @@ def not_armed(error: BaseException) -> bool:
 def built_before_arming(why: str = "") -> NotArmedError:
     """The error for an engine that cannot be bound any more."""
     reason = f" ({why})" if why else ""
+    if value := forbidden():
+        return NotArmedError(
+            f"this engine cannot be captured{reason}: MOE_NATIVE_CAPTURE={value} forbids it, whatever moe_native.arm() "
+            "says. Unset it, or set it to 1, and build the engine again"
+        )
     return NotArmedError(f"this engine was built before recording was armed{reason}. {_ARM}. {_LATE}")
 
 

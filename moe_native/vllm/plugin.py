@@ -20,6 +20,7 @@ import functools
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,17 +29,32 @@ from moe_native.vllm import KEY
 log = logging.getLogger("moe_native")
 
 _STACK_DEPTH = 40
-_VARIABLES = ("MOE_NATIVE_TRACE", "MOE_NATIVE_CAPTURE")
+_OFF = ("0", "false")
 # The process in which vLLM looks at a model's class. It makes no worker, and importing one there takes seconds.
 _INSPECTOR = "vllm.model_executor.models.registry"
 
 _registered = False
+_warned = False
+
+
+def forbidden() -> str:
+    """`MOE_NATIVE_CAPTURE`, where it says that nothing is to be captured; else empty."""
+    value = os.environ.get("MOE_NATIVE_CAPTURE", "")
+    return value if value.lower() in _OFF else ""
 
 
 def arm() -> None:
-    """Engines that this process builds from now on can be captured (`MOE_NATIVE_CAPTURE`), unless the environment says
-    already whether they can."""
-    if "MOE_NATIVE_CAPTURE" not in os.environ:
+    """Engines that this process builds from now on can be captured: `MOE_NATIVE_CAPTURE` is set to 1. Where it is 0
+    already, somebody has forbidden captures: it stays, and a warning says so, once."""
+    global _warned
+    if (value := forbidden()) and not _warned:
+        _warned = True
+        warnings.warn(
+            f"MOE_NATIVE_CAPTURE={value} forbids captures: of the engines that are built from now on, only those that "
+            "record a trace can be captured. Unset it, or set it to 1",
+            stacklevel=2,
+        )
+    if not os.environ.get("MOE_NATIVE_CAPTURE"):
         os.environ["MOE_NATIVE_CAPTURE"] = "1"
     if getattr(sys.modules.get("vllm.plugins"), "plugins_loaded", False):  # vLLM will not call it again
         register()
@@ -50,7 +66,7 @@ def register() -> None:
     if _registered:
         return
     try:
-        if all(os.environ.get(name, "0") in ("", "0") for name in _VARIABLES) and not _asked_by_caller():
+        if not _asked_by_environment() and not _asked_by_caller():
             return
         if getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "") == _INSPECTOR:
             return
@@ -59,6 +75,11 @@ def register() -> None:
     except Exception as error:
         # vLLM does not catch what a plugin raises: recording must not keep a server from starting.
         log.error("moe_native: nothing will be recorded: %s: %s", type(error).__name__, error)
+
+
+def _asked_by_environment() -> bool:
+    trace, capture = (os.environ.get(name, "") for name in ("MOE_NATIVE_TRACE", "MOE_NATIVE_CAPTURE"))
+    return trace not in ("", "0") or (capture != "" and not forbidden())
 
 
 def _asked_by_caller() -> bool:

@@ -241,7 +241,8 @@ def test_a_single_engine_needs_no_rank(size: int, external: bool) -> None:
 
 
 @pytest.mark.parametrize("said", [f"Method '{engine.METHOD}' is not implemented.", "the engine died"])
-def test_an_engine_that_was_built_before_arming_cannot_be_bound(said: str) -> None:
+def test_an_engine_that_was_built_before_arming_cannot_be_bound(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_NATIVE_CAPTURE", "1")  # as arm() leaves it
     llm = AsyncLLM(SimpleNamespace())
 
     async def refuse(*_: Any, **__: Any) -> Any:

@@ -410,6 +410,7 @@ def late(monkeypatch: pytest.MonkeyPatch, answer: Any) -> LLM:
         return answer
 
     monkeypatch.setattr(vllm_worker, "follow_loaded", follow_loaded)
+    monkeypatch.setenv("MOE_NATIVE_CAPTURE", "1")  # as arm() leaves it
     return LLM(Unarmed())
 
 
@@ -433,6 +434,19 @@ def test_one_that_cannot_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch, ans
     with pytest.raises(moe_native.CaptureError, match=said):
         moe_native.capture(llm, "a")
     assert llm.calls == ["open", "follow_loaded"]
+
+
+@pytest.mark.parametrize(("why", "reason"), [({"error": "compiled"}, r" \(compiled\)"), (TypeError("no"), "")])
+def test_one_that_the_environment_forbids_is_told_the_variable(
+    monkeypatch: pytest.MonkeyPatch, why: Any, reason: str
+) -> None:
+    llm = late(monkeypatch, why)
+    monkeypatch.setenv("MOE_NATIVE_CAPTURE", "0")
+    said = (
+        rf"^this engine cannot be captured{reason}: MOE_NATIVE_CAPTURE=0 forbids it, whatever .*\. Unset it, or set it"
+    )
+    with pytest.raises(moe_native.CaptureError, match=said):
+        moe_native.capture(llm, "a")
 
 
 def test_another_error_of_an_engine_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,6 +67,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A process in which `register` has not run. Holds "wrapped" once workers were wrapped."""
     calls: list[str] = []
     monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setattr(plugin, "_warned", False)
     monkeypatch.setattr(plugin, "_wrap_workers", lambda: calls.append("wrapped"))
     for name in ("MOE_NATIVE_TRACE", "MOE_NATIVE_CAPTURE"):
         monkeypatch.delenv(name, raising=False)
@@ -125,7 +127,7 @@ def test_register_never_raises(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     assert "nothing will be recorded" in caplog.text
 
 
-@pytest.mark.parametrize(("value", "wraps"), [("1", True), ("0", False), ("", False)])
+@pytest.mark.parametrize(("value", "wraps"), [("1", True), ("0", False), ("", False), ("false", False)])
 def test_captures_alone_wrap_workers_too(
     fresh: list[str], monkeypatch: pytest.MonkeyPatch, value: str, wraps: bool
 ) -> None:
@@ -145,11 +147,29 @@ def test_arming_is_for_engines_that_are_built_afterwards(
     assert fresh == (["wrapped"] if loaded else [])  # else vLLM is going to call register()
 
 
-def test_what_the_environment_says_already_stays(fresh: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", ["0", "False"])
+def test_what_the_environment_forbids_stays_and_is_told_once(
+    fresh: list[str], monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
     monkeypatch.setitem(sys.modules, "vllm.plugins", SimpleNamespace(plugins_loaded=True))  # type: ignore[misc]
-    monkeypatch.setenv("MOE_NATIVE_CAPTURE", "0")
-    plugin.arm()
-    assert os.environ["MOE_NATIVE_CAPTURE"] == "0" and fresh == []
+    monkeypatch.setenv("MOE_NATIVE_CAPTURE", value)
+    with pytest.warns(
+        UserWarning, match=f"^MOE_NATIVE_CAPTURE={value} forbids captures.*Unset it, or set it to 1"
+    ) as told:
+        plugin.arm()
+        plugin.arm()
+    assert len(told) == 1 and told[0].filename == __file__
+    assert os.environ["MOE_NATIVE_CAPTURE"] == value and fresh == []
+
+
+@pytest.mark.parametrize("value", ["", "1", "true"])
+def test_an_empty_variable_is_none(fresh: list[str], monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setitem(sys.modules, "vllm.plugins", SimpleNamespace(plugins_loaded=True))  # type: ignore[misc]
+    monkeypatch.setenv("MOE_NATIVE_CAPTURE", value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plugin.arm()
+    assert os.environ["MOE_NATIVE_CAPTURE"] == (value or "1") and fresh == ["wrapped"]
 
 
 @pytest.mark.parametrize("module", ["moe_native.captures", "moe_native.hidden_states"])
