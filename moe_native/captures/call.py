@@ -216,7 +216,12 @@ def _params(given: Any, prompts: int, default: Any) -> list[Any]:
     """One a prompt."""
     if given is None:
         given = default()
-    if not isinstance(given, Sequence):
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    for each in given if several else [given]:
+        if not all(hasattr(each, name) for name in ("clone", "extra_args", "n")):  # as only SamplingParams have them
+            where = f"a {type(given).__name__} with a {type(each).__name__}" if several else f"a {type(each).__name__}"
+            raise ValueError(f"sampling_params is {where}: give vLLM's SamplingParams, or a list of them, one a prompt")
+    if not several:
         return [given] * prompts
     if len(given) != prompts:
         raise ValueError(f"{len(given)} sampling_params for {prompts} prompts: give one, or one a prompt")

@@ -317,6 +317,11 @@ def test_the_first_error_is_the_one_that_is_told(monkeypatch: pytest.MonkeyPatch
     ("arguments", "said"),
     [
         ({"sampling_params": [SamplingParams()] * 2}, "2 sampling_params for 3 prompts"),
+        ({"sampling_params": {"max_tokens": 3}}, "sampling_params is a dict: give vLLM's SamplingParams, or a list of"),
+        ({"sampling_params": (SamplingParams() for _ in PROMPTS)}, "sampling_params is a generator: give"),
+        ({"sampling_params": SimpleNamespace(beam_width=2)}, "sampling_params is a SimpleNamespace: give"),
+        ({"sampling_params": "greedy"}, "sampling_params is a str: give"),
+        ({"sampling_params": [SamplingParams(), None, {}]}, "sampling_params is a list with a NoneType: give"),
         ({"sampling_params": []}, "0 sampling_params for 3 prompts"),
         ({"fields": "ids,tokens"}, "'tokens' cannot be captured"),
         ({"layers": "x"}, "layers is 'x'"),
@@ -333,6 +338,22 @@ def test_wrong_arguments_reach_no_worker(arguments: dict[str, Any], said: str) -
     with pytest.raises(ValueError, match="fake/model takes no images"):
         moe_native.capture(llm, {"prompt": "a", "multi_modal_data": {"image": None}})
     assert llm.calls == []
+
+
+def test_parameters_of_vllm_that_are_for_something_else_reach_no_worker() -> None:
+    vllm = pytest.importorskip("vllm.sampling_params", reason="vLLM is not installed here")
+    llm = LLM()
+    for given in (vllm.BeamSearchParams(2, 3), pytest.importorskip("vllm").PoolingParams()):
+        with pytest.raises(
+            ValueError, match=f"sampling_params is a {type(given).__name__}: give vLLM's SamplingParams"
+        ):
+            moe_native.capture(llm, PROMPTS, given)
+    assert llm.calls == []
+    assert (
+        len(call._params(vllm.SamplingParams(), 3, None))
+        == 3
+        == len(call._params([vllm.SamplingParams()] * 3, 3, None))
+    )
 
 
 def test_layers_that_the_model_does_not_have_or_show() -> None:
