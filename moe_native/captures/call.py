@@ -56,7 +56,7 @@ def capture(
     Raises:
         ValueError: an argument is not usable; the message says which and why.
         FileNotFoundError: an image is not there.
-        CaptureError: the engine cannot be captured, or a row is missing.
+        CaptureError: the engine cannot be captured, a row is missing, or a worker tells of a problem.
     """
     exchange = Exchange(fields, layers)
     config = _model_config(llm, for_async=False)

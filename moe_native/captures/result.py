@@ -45,6 +45,8 @@ class Capture(Sequence[Sample]):
             for number, (output, prompt) in enumerate(zip(self.outputs, prompts, strict=True))
             for place in range(len(output.outputs))
         ]
+        if problems := _problems(found):  # of rows that no gap has shown
+            raise CaptureError(f"the engine's workers could not keep all that was captured: {problems}")
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -149,8 +151,7 @@ def _sample(
     for part in found:
         for name, column in part.columns.get(key, {}).items():
             columns.setdefault(name, []).append(column)
-    problems = "; ".join(part.problem for part in found if part.problem)
-    _check(columns, number, rows, layers, fields, problems)
+    _check(columns, number, rows, layers, fields, _problems(found))
     return Sample(
         columns,
         prompt_index=number,
@@ -161,6 +162,11 @@ def _sample(
         media=[(int(first), int(end), str(kind)) for first, end, kind in known["media"]],
         request_output=output,
     )
+
+
+def _problems(found: Sequence[Found]) -> str:
+    """What the workers have to say, each thing once."""
+    return "; ".join(dict.fromkeys(part.problem for part in found if part.problem))
 
 
 def _check(
