@@ -89,7 +89,7 @@ class Capturing:
         number, handle = self._core.open_capture(wants.bits, None if wants.layers is None else sorted(wants.layers))
         alive = set(self._core.captures())  # one whose caller has died is gone by now
         self._wants = {each: tier for each, tier in self._wants.items() if each in alive} | {number: wants}
-        self._lost_before[number] = self._lost
+        self._lost_before = {each: self._lost_before.get(each, self._lost) for each in self._wants}
         self.changed = True
         return number, handle
 

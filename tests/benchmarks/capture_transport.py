@@ -51,7 +51,7 @@ class Worker:
 
     def __init__(self, field: str, shape: tuple[int, int, int], many: bool) -> None:
         import moe_native
-        from moe_native.capturing import wanted
+        from moe_native.capturing import identity_of, wanted
 
         layers, rows, width = shape
         self.field, self.layers, self.rows, self.wanted = field, layers, rows, wanted(field, None)
@@ -73,7 +73,7 @@ class Worker:
         self.recorder.captures.add(number, sample, sample=0, child=0, capacity=self.rows)
         self.recorder.captures.follow(True)
         self.open = {"number": number}
-        return os.getpid(), handle
+        return os.getpid(), handle, identity_of(handle)
 
     def captured(self) -> tuple[int, int]:
         number = self.open["number"]

@@ -112,9 +112,9 @@ class Captured:
         self.recorder.captures.follow(True)
         return self
 
-    def close(self) -> dict[Key, dict[tuple[str, int], Column]]:
+    def close(self, problem: str = "") -> dict[Key, dict[tuple[str, int], Column]]:
         closed = self.recorder.captures.close(self.number)
-        assert closed.problem == ""
+        assert closed.problem == problem
         return self.memory.read(closed.index_at, closed.bytes)
 
 

@@ -22,10 +22,14 @@ import tiny_moe  # noqa: E402
 Engine = Callable[..., dict[str, Any]]
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Tests import moe_native.captures, which would arm the workers that other tests make in this process. (Scripts
     import this file as well, and are to be armed.)"""
     os.environ.setdefault("MOE_NATIVE_CAPTURE", "0")
+    config.addinivalue_line("filterwarnings", "ignore:MOE_NATIVE_CAPTURE=0 forbids")
+    # Engines of two test processes at a time have a core each: OpenMP's threads spin while they wait.
+    if process := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(int(process) % (os.cpu_count() or 1)))
 
 
 @pytest.fixture(scope="session")

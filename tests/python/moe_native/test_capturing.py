@@ -109,8 +109,11 @@ def test_a_step_that_is_given_up_has_no_rows(recorder: moe_native.Recorder) -> N
     model.forward([("a", [1])])
     recorder.abort_step()
     model.step(("a", [2]))
-    columns = capture.close()[0, 0]
+    columns = capture.close("1 step or layer could not be captured; the log says why")[0, 0]
     assert spans(columns) == ((0, 1), (2, 3)) and model.has(columns, "a", [2])
+    capture = Captured(recorder).add("a")
+    model.step(("a", [3]))
+    assert spans(capture.close()[0, 0]) == ((3, 4),)  # that was before it
 
 
 # A small ring.
@@ -284,6 +287,9 @@ class Core:
 
     def captures(self) -> list[int]:
         return self.alive[1:]
+
+    def counters(self) -> dict[str, int]:
+        return {"lost_for_captures": 0}
 
     def catch_up(self, seconds: float) -> bool:
         return False

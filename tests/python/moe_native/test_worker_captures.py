@@ -57,7 +57,7 @@ def ready(made: Worker | None = None) -> Any:
 def open_capture(made: Any) -> Memory:
     answer = made.moe_native_capture("open", token=TOKEN, fields=["logits"], layers=None)
     assert [layer[0] for layer in answer["layers"]] == [1, 2] and answer["missed"] == []
-    return Memory(answer["process"], answer["handle"])
+    return Memory(answer["process"], answer["handle"], answer["identity"])
 
 
 def marked(first: int, count: int, prompt: int) -> Any:
