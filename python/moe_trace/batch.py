@@ -176,6 +176,10 @@ class Batch(Rows):
             return None
         return self._rows(self._block.column(field, layer))
 
+    def has(self, field: int, layer: int) -> bool:
+        """Whether `column` would have it. Reads no plane."""
+        return self._block.has(field, layer)
+
     @cached_property
     def positions(self) -> npt.NDArray[np.int64]:
         """Absolute positions in the requests, int64 `[rows]`, -1 where unknown."""
@@ -248,9 +252,10 @@ class Batch(Rows):
 
     @cached_property
     def times(self) -> npt.NDArray[np.datetime64]:
-        """Start of each row's step, UTC, datetime64[ns] `[rows]`."""
-        times = np.repeat(self._block.steps["time_ns"], self._block.steps["rows"])
-        return self._rows(times).view("datetime64[ns]")
+        """Start of each row's step, UTC, datetime64[ns] `[rows]`; NaT where it is not known (imports)."""
+        times = self._block.steps["time_ns"].view("datetime64[ns]")
+        known = np.where(self._block.steps["time_ns"] == 0, np.datetime64("NaT", "ns"), times)
+        return self._rows(np.repeat(known, self._block.steps["rows"]))
 
 
 OTHER_ROWS = "not all of these layers have the same rows: select one layer, as in trace.layer(0), or read by batches()"

@@ -323,8 +323,8 @@ class Rank:
         return found
 
     def times(self) -> npt.NDArray[np.int64]:
-        """First and last start of a step, Unix nanoseconds; empty without steps."""
-        indices = (index[index["steps"] > 0] for index in self._indices())
+        """First and last start of a step, Unix nanoseconds; empty without steps. Of an import they are not known."""
+        indices = (index[(index["steps"] > 0) & (index["last_time_ns"] != 0)] for index in self._indices())
         spans = [(int(i["first_time_ns"].min()), int(i["last_time_ns"].max())) for i in indices if len(i)]
         spans += [(block.first_time_ns, block.last_time_ns) for block in self.tail.blocks]
         if not spans:

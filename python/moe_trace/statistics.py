@@ -4,7 +4,7 @@ a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,6 +140,16 @@ class Sums:
             stats = self._totals.setdefault(cls, {}).setdefault(layer, LayerStats())
             stats.add_rows(ids[mine], None if weights is None else weights[mine])
             self._k[layer, cls] = ids.shape[1]
+
+    def add_stats(self, cls: int, k: int, of_layers: Mapping[int, LayerStats]) -> None:
+        """Add totals of one class, of rows with `k` ids, by layer."""
+        for layer, new in of_layers.items():
+            stats = self._totals.setdefault(cls, {}).setdefault(layer, LayerStats())
+            stats.grow(len(new.counts))
+            stats.add(slice(len(new.counts)), new.counts, new.weight_sums)
+            stats.rows += new.rows
+            stats.invalid += new.invalid
+            self._k[layer, cls] = k
 
     def tables(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """The two tables."""

@@ -9,7 +9,7 @@ import torch
 
 import moe_native
 import moe_trace
-from moe_trace import export
+from moe_trace.exchange import jsonl
 
 LAYERS, EXPERTS, K, STEPS, ROWS = 24, 60, 4, 100, 256
 
@@ -34,7 +34,7 @@ def main() -> None:
         counters = recorder.counters()
         trace = moe_trace.open(directory)
         text = io.StringIO()
-        for lines, _ in export.jsonl(trace, trace.steps(0, 4), problems=[]):
+        for lines, _ in jsonl.jsonl(trace, trace.steps(0, 4), problems=[]):
             text.write(lines)
         rows = STEPS * ROWS * LAYERS
         ours = counters["stored_bytes"] / rows

@@ -1,16 +1,14 @@
-"""What the commands share: exit codes, messages, how a command is added, which part of a trace is meant, the file it
-writes. What one command alone needs is in that command's module."""
+"""What the commands share: exit codes, messages, how a command is added, which part of a trace is meant.
+What one command alone needs is in that command's module."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 if TYPE_CHECKING:
     from moe_trace import Selection, Trace
@@ -172,23 +170,3 @@ def check_place(output: str) -> None:
     directory = Path(output).parent
     if output != "-" and not directory.is_dir():
         raise FileNotFoundError(f"cannot write {output}: there is no directory {directory}")
-
-
-@contextmanager
-def output_file(name: str) -> Iterator[IO[str]]:
-    """A text file that has its name only once it is whole; `-` is stdout; a device or a pipe is written as it is."""
-    if name == "-":
-        yield sys.stdout
-        return
-    path = Path(name)
-    if path.exists() and not path.is_file():
-        with path.open("w", encoding="utf-8") as file:
-            yield file
-        return
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("x", encoding="utf-8") as file:
-            yield file
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

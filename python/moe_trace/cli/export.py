@@ -5,34 +5,38 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from pathlib import Path
 
 from moe_trace.cli.common import (
-    FAILED,
     LOSSY,
     Commands,
+    UsageError,
     add_command,
     add_selection,
     add_trace,
     check_place,
-    fail,
     open_trace,
-    output_file,
     said_verdict,
     say,
     select,
 )
 
+_FORMATS = ("jsonl", "npz", "parquet", "safetensors", "sglang", "vllm")  # exchange.FORMATS, without its imports
+
 
 def run(args: argparse.Namespace) -> int:
-    """Write a line of JSON for each token and layer, after a first line that describes the model."""
-    from moe_trace import export, show
+    """Write rows in a format that other tools read: jsonl (a line for each token and layer), npz (NumPy arrays),
+    parquet (a row for each token and layer; needs pyarrow), safetensors (router logits), sglang (counts, for its
+    --init-expert-location; needs torch) or vllm (a directory with the array that it returns of each request)."""
+    from moe_trace import exchange, show
 
+    name = args.format or _format_of(args.output)
+    if args.output == "-" and name != "jsonl":
+        raise UsageError(f"only jsonl is text, and goes to stdout: name a file for {name}")
+    if args.per_step and name != "sglang":
+        raise UsageError("--per-step is for --format sglang")
     trace = open_trace(args)
     check_place(args.output)
-    if trace.executed_rows > trace.stored_rows:
-        if not trace.stored_rows:
-            return fail(f"{args.trace} has counts only, and no row to export. See moe-native summary", FAILED)
-        say(f"{trace.stored_rows:,} of {trace.executed_rows:,} rows are stored, and exported; the others are counted")
     selection = select(trace, args)
     if args.request:
         with warnings.catch_warnings(record=True) as said:
@@ -40,15 +44,23 @@ def run(args: argparse.Namespace) -> int:
             selection = selection.request(*args.request)
         for warning in said:
             say(f"{warning.message}; --run takes one")
-    problems: list[str] = []
     total = sum(batch.rows for batch in selection.batches([])) if sys.stderr.isatty() else None
-    with output_file(args.output) as out, show.progress("exporting", total) as advance:
-        for lines, rows in export.jsonl(trace, selection, problems):
-            out.write(lines)
-            advance(rows)
-    for problem in problems:
-        say(problem)
-    return LOSSY if problems else said_verdict(trace)
+    to = sys.stdout if args.output == "-" else args.output
+    with show.progress("exporting", total) as advance:
+        done = exchange.export(selection, to, name, per_step=args.per_step, advance=advance)
+    for sentence in done.notes + done.problems:
+        say(sentence)
+    return LOSSY if done.problems else said_verdict(trace)
+
+
+def _format_of(output: str) -> str:
+    """What the ending of the name says; JSON lines where it has none, as pipes and devices do."""
+    from moe_trace import exchange
+
+    try:
+        return exchange.format_of(output) if Path(output).suffix else "jsonl"
+    except ValueError as error:
+        raise UsageError(str(error).replace("name the format", "give --format")) from None
 
 
 def add(commands: Commands) -> None:
@@ -61,8 +73,11 @@ def add(commands: Commands) -> None:
     )
     add_trace(parser)
     add_selection(parser)
-    parser.add_argument("--format", choices=("jsonl",), default="jsonl", help="the format to write (jsonl)")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="where to write; - for stdout")
+    parser.add_argument("--format", choices=_FORMATS, help="the format to write (what the ending of FILE says)")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="where to write; - for stdout; of vllm a new directory"
+    )
     parser.add_argument(
         "--request", action="append", metavar="ID", help="only rows of this request; may be given several times"
     )
+    parser.add_argument("--per-step", action="store_true", help="of sglang: the counts of each step, not their sum")

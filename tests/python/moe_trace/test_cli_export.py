@@ -133,7 +133,7 @@ def test_a_failed_export_leaves_nothing_under_the_name(trace, tmp_path, monkeypa
         yield "half", 1
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moe_trace.export.jsonl", broken)
+    monkeypatch.setattr("moe_trace.exchange.jsonl.jsonl", broken)
     assert cli.main(["export", str(trace), "-o", str(tmp_path / "rows.jsonl")]) == 1
     assert "No space left" in capsys.readouterr().err
     assert [path.read_text() for path in tmp_path.iterdir()] == ["of yesterday"]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_trace import export
+from moe_trace.exchange import jsonl
 
 
 def batch(rows, layers, k, dtype=np.uint8, seed=0):
@@ -25,7 +25,7 @@ def test_lines_are_the_arrays(rows, layers, k, dtype):
     names, positions, ids, weights = batch(rows, layers, k, dtype)
     indices = [3 * i + 1 for i in range(layers)]
     columns = [(layer, ids[:, i], weights[:, i]) for i, layer in enumerate(indices)]
-    lines = [json.loads(line) for line in export.route_lines(names, positions, columns)]
+    lines = [json.loads(line) for line in jsonl.route_lines(names, positions, columns)]
     assert lines == [
         {
             "type": "route",
@@ -43,35 +43,33 @@ def test_lines_are_the_arrays(rows, layers, k, dtype):
 def test_pieces_join(monkeypatch):
     names, positions, ids, weights = batch(100, 2, 4)
     arguments = names, positions, [(0, ids[:, 0], weights[:, 0]), (1, ids[:, 1], weights[:, 1])]
-    whole = list(export.route_lines(*arguments))
-    monkeypatch.setattr(export, "LINES_AT_ONCE", 6)
-    assert list(export.route_lines(*arguments)) == whole
+    whole = list(jsonl.route_lines(*arguments))
+    monkeypatch.setattr(jsonl, "LINES_AT_ONCE", 6)
+    assert list(jsonl.route_lines(*arguments)) == whole
 
 
 def test_what_is_not_known_is_null():
     ids = np.array([[1, 255], [2, 3]], dtype=np.uint8)
     weights = np.array([[0.5, np.nan], [np.inf, 0.25]], dtype=np.float32)
-    lines = export.route_lines(np.array([None, ""], dtype=object), np.array([-1, 3]), [(4, ids, weights)])
+    lines = jsonl.route_lines(np.array([None, ""], dtype=object), np.array([-1, 3]), [(4, ids, weights)])
     first, second = (json.loads(line) for line in lines)
     assert (first["req_id"], first["token_idx"]) == (None, None)
     assert (first["topk_ids"], first["topk_weights"]) == ([1, -1], [0.5, None])
     assert (second["req_id"], second["token_idx"], second["topk_weights"]) == (None, 3, [None, 0.25])
-    (bare,) = export.route_lines(np.array(["a"]), np.array([0]), [(4, ids[1:], None)])
+    (bare,) = jsonl.route_lines(np.array(["a"]), np.array([0]), [(4, ids[1:], None)])
     assert json.loads(bare)["topk_weights"] is None
 
 
 def test_255_is_an_expert_among_uint16():
     wide, narrow = np.array([[255, 65535]], dtype=np.uint16), np.array([[255]], dtype=np.uint8)
-    lines = [
-        json.loads(line) for line in export.route_lines(["a"], np.array([0]), [(0, wide, None), (1, narrow, None)])
-    ]
+    lines = [json.loads(line) for line in jsonl.route_lines(["a"], np.array([0]), [(0, wide, None), (1, narrow, None)])]
     assert [line["topk_ids"] for line in lines] == [[255, -1], [-1]]
 
 
 @pytest.mark.parametrize(("layers", "top_k"), [({0: 4, 1: 4}, 4), ({3: 4, 9: 8}, [4, 8]), ({}, None)])
 def test_meta(layers, top_k):
     metadata = {"model": "m", "device": "cpu", "seed": 1234, "versions": {"vllm": "0.32.0", "torch": "2.13.0"}}
-    assert json.loads(export.meta_line(metadata, layers)) == {
+    assert json.loads(jsonl.meta_line(metadata, layers)) == {
         "type": "meta",
         "model_id": "m",
         "vllm_version": "0.32.0",
@@ -81,4 +79,4 @@ def test_meta(layers, top_k):
         "layers_logged": list(layers),
         "top_k": top_k,
     }
-    assert set(json.loads(export.meta_line({}, layers))) == set(json.loads(export.meta_line(metadata, layers)))
+    assert set(json.loads(jsonl.meta_line({}, layers))) == set(json.loads(jsonl.meta_line(metadata, layers)))

@@ -25,12 +25,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_trace.errors import DamagedTrace
+from moe_trace.exchange.made import Advance, Exported, ignore, whole_file
 from moe_trace.format import IDS, WEIGHTS
 
 if TYPE_CHECKING:
@@ -40,6 +42,24 @@ Column = tuple[int, npt.NDArray[Any], npt.NDArray[Any] | None]  # a layer's inde
 
 DECIMALS = 4
 LINES_AT_ONCE = 1 << 16  # lines in memory at a time, whatever the size of a block
+
+
+def write(selection: Selection, path: Path, advance: Advance = ignore) -> Exported:
+    """Write a selection; `exchange.export` says what can go wrong. Damaged blocks are left out, which is said."""
+    with whole_file(path) as part, part.open("w", encoding="utf-8") as file:
+        done = write_to(selection, file, advance)
+    done.path = path
+    return done
+
+
+def write_to(selection: Selection, file: IO[str], advance: Advance = ignore) -> Exported:
+    """The same to an open file."""
+    done = Exported(None)
+    for lines, rows in jsonl(selection._trace, selection, done.problems):
+        file.write(lines)
+        done.rows += rows
+        advance(rows)
+    return done
 
 
 def jsonl(trace: Trace, selection: Selection, problems: list[str]) -> Iterator[tuple[str, int]]:
