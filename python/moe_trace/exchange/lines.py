@@ -83,9 +83,12 @@ class Reader:
         if line is None:
             raise Malformed(f"it is longer than {MOST_BYTES:,} bytes")
         try:
-            item = json.loads(line, parse_constant=_no_number)
+            item = json.loads(line.strip(), parse_constant=_no_number)
+        except json.JSONDecodeError as error:
+            what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+            raise Malformed(f"it is no JSON ({what})") from None
         except (ValueError, RecursionError) as error:
-            raise Malformed(f"it is no JSON ({_reason(error)})") from None
+            raise Malformed(f"it is no JSON ({error})") from None
         if not isinstance(item, dict):
             raise Malformed("it is no JSON object")
         kind = item.get("type", "route" if "topk_ids" in item else None)
@@ -170,7 +173,3 @@ def _whole(value: Any) -> bool:
 
 def _no_number(_: str) -> None:
     return None  # NaN and infinities, which JSON does not have
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "msg", None) or str(error) or type(error).__name__

@@ -13,12 +13,13 @@ here, as everywhere in this package: exactly the same numbers, twice the bytes.
 
 The format is a length, a JSON header and the tensors one after the other (its description is in the README of
 huggingface/safetensors). It is written here, and not by that package, because that takes all tensors in memory: so
-there is one block of one layer, and the trace is read once for each layer.
+there is one column of one block, and the trace is read once for each tensor.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace import format as fmt
-from moe_trace.batch import other_widths, these
+from moe_trace.batch import these
 from moe_trace.errors import TraceError
 from moe_trace.exchange.made import Advance, Exported, ignore, whole_file
 from moe_trace.exchange.rows import Names, lacking, parts
@@ -47,22 +48,20 @@ def write(selection: Selection, path: Path, advance: Advance = ignore) -> Export
         )
     done = Exported(path)
     requests, runs = Names(), Names()
-    positions, of_request, of_run = [], [], []
     shapes: dict[int, tuple[int, np.dtype[Any]]] = {}
     for run, part in parts(selection):
         done.rows += part.rows
-        positions.append(part.positions)
-        of_request.append(requests.numbers(part.request_ids))
-        of_run.append(np.full(part.rows, runs.numbers(np.array([run], object))[0]))
+        requests.numbers(part.request_ids)
+        runs.numbers(np.array([run], object))
         for layer in selection.layers:
             if layer not in shapes:
                 shapes[layer] = _shape(_logits(part, layer))
     if not done.rows:
         raise TraceError("there are no rows to export: the selection is empty")
-    small: dict[str, npt.NDArray[Any]] = {
-        "positions": np.concatenate(positions).astype(np.int64),
-        "request": np.concatenate(of_request).astype(np.int32),
-        "run": np.concatenate(of_run).astype(np.int32),
+    per_row: dict[str, Callable[[str, Any], npt.NDArray[Any]]] = {
+        "positions": lambda run, part: part.positions.astype(np.int64),
+        "request": lambda run, part: requests.numbers(part.request_ids),
+        "run": lambda run, part: runs.numbers(np.array([run], object)).repeat(part.rows),
     }
     about = {
         "model": str(selection._trace.metadata.get("model") or ""),
@@ -72,17 +71,25 @@ def write(selection: Selection, path: Path, advance: Advance = ignore) -> Export
     }
     tensors: list[tuple[str, np.dtype[Any], tuple[int, ...]]]
     tensors = [(f"layers.{layer}.logits", dtype, (done.rows, width)) for layer, (width, dtype) in shapes.items()]
-    tensors += [(name, array.dtype, array.shape) for name, array in small.items()]
+    dtypes: dict[str, np.dtype[Any]] = {
+        "positions": np.dtype(np.int64),
+        "request": np.dtype(np.int32),
+        "run": np.dtype(np.int32),
+    }
+    tensors += [(name, dtype, (done.rows,)) for name, dtype in dtypes.items()]
     with whole_file(path) as whole, whole.open("wb") as file:
         file.write(_header(tensors, about))
         for layer in selection.layers:
             for _, part in parts(selection):
                 column = _logits(part, layer)
                 if _shape(column) != shapes[layer]:
-                    raise TraceError(other_widths("logits"))
+                    raise TraceError(
+                        f"the logits of layer {layer} have different widths or types over time: select some steps"
+                    )
                 file.write(_little(column))
-        for array in small.values():
-            file.write(_little(array))
+        for values in per_row.values():
+            for run, part in parts(selection):
+                file.write(_little(values(run, part)))
     advance(done.rows)
     return done
 

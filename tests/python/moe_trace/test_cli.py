@@ -82,8 +82,8 @@ def test_what_cannot_be_read_is_exit_code_1(trace, tmp_path):
         assert "empty" in failed(name, tmp_path / "empty", *rest, code=1)
         assert "text" in failed(name, tmp_path / "text", *rest, code=1)
         assert "version 9" in failed(name, segment, *rest, code=1)
-    for command in ("plot", "export"):
-        assert failed(command, trace, "-o", tmp_path / "no" / "x.png", code=1).endswith(f"directory {tmp_path / 'no'}")
+    for command, name in (("plot", "x.png"), ("export", "x.jsonl")):
+        assert failed(command, trace, "-o", tmp_path / "no" / name, code=1).endswith(f"directory {tmp_path / 'no'}")
     assert "no request 'z'" in failed("export", trace, "-o", "-", "--request", "z", code=1)
     assert not (tmp_path / "x").exists() and not (tmp_path / "x.png").exists()
 
