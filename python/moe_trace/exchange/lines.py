@@ -17,6 +17,8 @@ from moe_trace import format as fmt
 MOST_BYTES = 1 << 20  # of a line
 INVALID = 0xFFFF  # an id that is no expert's
 _MOST_POSITION = fmt.NOBODY - 1
+_JSON = json.JSONDecoder(parse_constant=lambda _: None)  # NaN and infinities, which JSON does not have, are null
+_INTEGERS, _FLOATS = {int}, {float}
 
 
 class Route(NamedTuple):
@@ -83,7 +85,7 @@ class Reader:
         if line is None:
             raise Malformed(f"it is longer than {MOST_BYTES:,} bytes")
         try:
-            item = json.loads(line.strip(), parse_constant=_no_number)
+            item = _JSON.decode(line.decode("utf-8-sig").strip())
         except json.JSONDecodeError as error:
             what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
             raise Malformed(f"it is no JSON ({what})") from None
@@ -119,7 +121,7 @@ class Reader:
         if not isinstance(ids, list) or not ids:
             raise Malformed("it has no list topk_ids")
         most = INVALID - 1 if self.experts is None else self.experts - 1
-        if any(type(e) is not int or not 0 <= e <= most for e in ids):
+        if set(map(type, ids)) != _INTEGERS or min(ids) < 0 or max(ids) > most:
             ids = [INVALID if e is None or (e == -1 and _whole(e)) else self._expert(e, most) for e in ids]
         at: Any = item.get("token_idx")
         if at is None or (at == -1 and _whole(at)):
@@ -143,7 +145,7 @@ class Reader:
 def _weights(weights: Any, k: int) -> list[float]:
     if not isinstance(weights, list) or len(weights) != k:
         raise Malformed(f"topk_weights is no list of {k} numbers, as many as topk_ids has")
-    if any(type(w) is not float for w in weights):
+    if set(map(type, weights)) != _FLOATS:
         if any(w is not None and type(w) not in (int, float) for w in weights):
             raise Malformed("topk_weights has something that is no number")
         try:
@@ -169,7 +171,3 @@ def _name(value: Any, key: str) -> str | None:
 
 def _whole(value: Any) -> bool:
     return type(value) is int  # a bool is none
-
-
-def _no_number(_: str) -> None:
-    return None  # NaN and infinities, which JSON does not have

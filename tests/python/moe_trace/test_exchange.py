@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import warnings
 
 import exchanged
+import numpy as np
 import pytest
 import segment_bytes as sb
+import test_joined
 
 import moe_trace
 from moe_trace import exchange
@@ -116,3 +119,29 @@ def test_a_stream_gets_what_a_file_gets(trace, tmp_path):
     assert exchange.export(trace, stream).path is None
     exchange.export(trace, tmp_path / "x.jsonl")
     assert stream.getvalue() == (tmp_path / "x.jsonl").read_text()
+
+
+@pytest.mark.parametrize("lost", [((), ()), ((), (2, 3))], ids=["whole", "a stage lost steps"])
+def test_stages_of_a_pipeline_are_one_model(tmp_path, lost):
+    """Lines and rows are written stage by stage, arrays joined; an import of the lines joins them as well."""
+    steps, _ = sb.make_steps(test_joined.SIZES, layers=test_joined.LAYERS)
+    test_joined.pipeline(tmp_path / "t" / "run-1", steps, lost=lost)
+    trace = moe_trace.open(tmp_path / "t")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        joined = trace.ids
+    npz = exchange.export(trace, tmp_path / "x.npz")
+    assert len(npz.problems) == bool(lost[1]) and all("not all stages" in text for text in npz.problems)
+    with np.load(tmp_path / "x.npz") as found:
+        assert np.array_equal(found["ids"], joined) and (found["run"] == 0).all()
+    exchange.export(trace, tmp_path / "x.jsonl")
+    done = exchange.load([tmp_path / "x.jsonl"], tmp_path / "back")
+    back = moe_trace.open(tmp_path / "back")
+    assert done.lines == sum(step.rows * 4 - (step.number in lost[1]) * step.rows * 2 for step in steps)
+    assert done.rows == sum(step.rows for step in steps) and not done.problems
+    for layer, stage in ((0, 0), (13, 1)):
+        kept = [step for step in steps if step.number not in lost[stage]]
+        assert np.array_equal(back.layer(layer).ids, sb.of_rows(kept, layer))
+        assert np.array_equal(back.layer(layer).positions, sb.per_row(kept, "position"))
+    both = [batch.ids for batch in back.batches() if batch.layers == test_joined.LAYERS]
+    assert np.array_equal(np.concatenate(both), joined)
