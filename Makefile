@@ -102,7 +102,7 @@ $(VENV)/vision: $(VENV)/vllm
 
 $(VENV)/tools: $(VENV)/python pyproject.toml
 	$(PIP) 'scikit-build-core>=0.10' 'pybind11>=2.13' 'cmake>=3.25,<4' ninja \
-	  'pytest>=8' 'pytest-benchmark>=4' 'pytest-timeout>=2' 'pytest-xdist>=3' 'hypothesis>=6' 'scipy>=1.11' 'ruff==0.14.*' 'mypy==1.18.*' 'clang-format==18.1.8'
+	  'pytest>=8' 'pytest-benchmark>=4' 'pytest-timeout>=2' 'pytest-xdist>=3' 'hypothesis>=6' 'scipy>=1.11' 'pyarrow>=16' 'safetensors>=0.4' 'ruff==0.14.*' 'mypy==1.18.*' 'clang-format==18.1.8'
 	@touch $@
 
 $(VENV)/installed: $(VENV)/vllm $(VENV)/tools $(SOURCES)

@@ -95,8 +95,9 @@ void Capture::copy(const Piece& piece, size_t layer, const Hit& hit) {
 void Capture::charge(uint64_t bytes) {
   if (written_ + bytes <= look_at_) return;
   if (const uint64_t available = options_.available(); available < kLeft + kBetweenLooks + bytes) {
-    throw std::system_error(ENOMEM, std::generic_category(),
-                            "no memory is left for the rest: capture fewer prompts at a time, or fewer fields or layers");
+    throw std::system_error(
+        ENOMEM, std::generic_category(),
+        "no memory is left for the rest: capture fewer prompts at a time, or fewer fields or layers");
   }
   look_at_ = written_ + bytes + kBetweenLooks;
 }

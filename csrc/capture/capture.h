@@ -104,7 +104,7 @@ class Capture {
   std::unordered_map<uint16_t, size_t> layer_index_;
   std::unordered_map<uint32_t, Request> requests_;
   std::vector<Hit> hits_;
-  uint64_t written_ = 0;   // bytes of rows
+  uint64_t written_ = 0;  // bytes of rows
   uint64_t look_at_ = 0;  // when that many are written, the memory is looked at again
 };
 

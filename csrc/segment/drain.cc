@@ -98,7 +98,8 @@ void Drain::close() {
 std::chrono::milliseconds Drain::until_next_look(uint64_t took_bytes) {
   const LaneMemory lane = ring_.lane(0);
   const auto now = Clock::now();
-  if (assembler_.open_is_streamed() || assembler_.room_is_wanted() || took_bytes > lane.arena_bytes / 16) busy_until_ = now + kBusySpell;
+  if (assembler_.open_is_streamed() || assembler_.room_is_wanted() || took_bytes > lane.arena_bytes / 16)
+    busy_until_ = now + kBusySpell;
   if (now < busy_until_) return std::chrono::milliseconds(kBusyMs);
   const auto time_to_fill = [](uint64_t capacity, uint64_t held, uint64_t fastest) {
     return (capacity / 2 - std::min(held, capacity / 2)) / fastest;
@@ -172,9 +173,7 @@ void Drain::give_back() {
 }
 
 // While the disk takes nothing, room could be had only by losing what waits for it.
-bool Drain::room_is_wanted() const {
-  return assembler_.room_is_wanted() && !(failing_ && Clock::now() < retry_at_);
-}
+bool Drain::room_is_wanted() const { return assembler_.room_is_wanted() && !(failing_ && Clock::now() < retry_at_); }
 
 // A step that was admitted needs half of the ring at most; one that turned out larger is streamed like any other.
 bool Drain::open_is_large() const {

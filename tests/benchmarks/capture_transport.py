@@ -51,7 +51,7 @@ class Worker:
 
     def __init__(self, field: str, shape: tuple[int, int, int], many: bool) -> None:
         import moe_native
-        from moe_native.capturing import identity_of, wanted
+        from moe_native.capturing import wanted
 
         layers, rows, width = shape
         self.field, self.layers, self.rows, self.wanted = field, layers, rows, wanted(field, None)
@@ -67,7 +67,9 @@ class Worker:
         self.bindings = [self.recorder.bind(layer, experts=128, top_k=1) for layer in range(layers)]
         self.open: dict[str, int] = {}
 
-    def begin(self) -> tuple[int, int]:
+    def begin(self) -> tuple[int, int, list[int]]:
+        from moe_native.capturing import identity_of
+
         number, handle = self.recorder.captures.open(self.wanted)
         sample = self.recorder.request(f"{number}", prompt_len=1)
         self.recorder.captures.add(number, sample, sample=0, child=0, capacity=self.rows)
