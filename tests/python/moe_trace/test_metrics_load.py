@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -17,6 +17,7 @@ counts_arrays = hnp.arrays(
 )
 RATIOS = (
     metrics.imbalance,
+    metrics.max_violation,
     metrics.normalized_entropy,
     metrics.effective_experts,
     metrics.entropy,
@@ -82,6 +83,7 @@ def test_one_expert_has_no_normalized_entropy():
     assert np.isnan(metrics.cv([5], ddof=1))
 
 
+@settings(deadline=None)
 @given(counts_arrays)
 def test_leading_axes_are_kept_and_do_not_mix(counts):
     rows = counts.reshape(-1, counts.shape[-1])
@@ -91,6 +93,7 @@ def test_leading_axes_are_kept_and_do_not_mix(counts):
         np.testing.assert_array_equal(np.ravel(whole), [metric(row) for row in rows])
 
 
+@settings(deadline=None)
 @given(counts_arrays)
 def test_bounds(counts):
     experts = counts.shape[-1]
@@ -108,6 +111,7 @@ def test_bounds(counts):
         assert (value >= low - 1e-9).all() and (value <= high + 1e-9).all(), metric.__name__
 
 
+@settings(deadline=None)
 @given(counts_arrays, st.integers(1, 12))
 def test_top_is_pythons_sort(counts, n):
     got = metrics.top(counts, n).reshape(-1, min(n, counts.shape[-1]))
@@ -118,6 +122,38 @@ def test_top_is_pythons_sort(counts, n):
 def test_top_is_exact_above_two_to_the_53():
     assert metrics.top(np.array([2**60, 2**60 + 1]), 1).tolist() == [1]
     assert metrics.top(np.array([0, 2**63], dtype=np.uint64), 1).tolist() == [1]
+
+
+def test_balancedness_by_hand():
+    load = [[1, 3], [2, 2], [0, 0]]  # means 2, 2, 0; maxima 3, 2, 0
+    assert metrics.balancedness(load, "sglang") == pytest.approx((2 / 3 + 1) / 2)
+    assert metrics.balancedness(load, "vllm") == pytest.approx(4 / 5)
+    assert np.isnan(metrics.balancedness([[0, 0]], "sglang")) and np.isnan(metrics.balancedness([[0, 0]], "vllm"))
+    with pytest.raises(ValueError, match="sglang"):
+        metrics.balancedness(load, "mean")
+    with pytest.raises(ValueError, match="layers"):
+        metrics.balancedness([1, 2], "vllm")
+
+
+@settings(deadline=None)
+@given(counts_arrays, st.integers(0, 2**32))
+def test_the_order_of_experts_does_not_matter(counts, seed):
+    order = np.random.default_rng(seed).permutation(counts.shape[-1])
+    for metric in (*RATIOS, metrics.dead_experts):
+        np.testing.assert_allclose(metric(counts[..., order]), metric(counts), rtol=1e-9, atol=1e-12)
+    if counts.ndim > 1:
+        for aggregation in ("sglang", "vllm"):
+            value = metrics.balancedness(counts, aggregation)
+            np.testing.assert_allclose(metrics.balancedness(counts[..., order], aggregation), value, rtol=1e-9)
+            some = ~np.isnan(value)
+            assert (value[some] <= 1 + 1e-9).all() and (value[some] >= 1 / counts.shape[-1] - 1e-9).all()
+
+
+def test_one_layer_has_one_balancedness():
+    counts = np.random.default_rng(2).integers(1, 99, (5, 1, 17))
+    for aggregation in ("sglang", "vllm"):
+        np.testing.assert_allclose(metrics.balancedness(counts, aggregation), 1 / metrics.imbalance(counts[:, 0]))
+    np.testing.assert_allclose(metrics.max_violation(counts), metrics.imbalance(counts) - 1)
 
 
 @pytest.mark.parametrize("bad", [5, [], [[], []], [1, -1], [1.0, np.nan], ["a", "b"]])

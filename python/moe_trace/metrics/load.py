@@ -1,8 +1,8 @@
-"""What summaries and histograms say about expert load, as pure functions on counts.
+"""Load: how evenly experts are used, from counts.
 
 Every function takes `counts`, an array `[..., E]` of how often each of E experts was chosen (assignments, any real
 dtype, not negative), and works on the last axis; leading axes (layers, windows, requests) are kept. So c_e below is
-`counts[..., e]` and p_e = c_e / sum(c). Nothing is averaged over layers here: whoever does that says how.
+`counts[..., e]` and p_e = c_e / sum(c). Nothing but `balancedness` averages over layers: whoever does that says how.
 
 Where there is no assignment at all a ratio has no value and is NaN, never 0. Counts that are negative, not finite or
 without an expert axis raise ValueError.
@@ -10,27 +10,59 @@ without an expert axis raise ValueError.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from moe_trace.metrics.arrays import Floats, checked, floats, ratio
 
 
 def shares(counts: npt.ArrayLike) -> Floats:
     """p_e = c_e / sum(c): float64 `[..., E]`, each row of it adding up to 1, or all NaN without assignments."""
-    c = _floats(counts)
-    return _ratio(c, c.sum(axis=-1, keepdims=True))
+    c = floats(counts)
+    return ratio(c, c.sum(axis=-1, keepdims=True))
 
 
 def imbalance(counts: npt.ArrayLike) -> Floats:
     """max c / mean c: float64 `[...]`, from 1 (even) to E (one expert has everything).
 
-    MaxVio of DeepSeek's loss-free balancing (arXiv 2408.15664) is this minus 1.
+    `max_violation` is this minus 1.
     """
-    c = _floats(counts)
-    return _ratio(c.max(axis=-1), c.mean(axis=-1))
+    c = floats(counts)
+    return ratio(c.max(axis=-1), c.mean(axis=-1))
+
+
+def max_violation(counts: npt.ArrayLike) -> Floats:
+    """MaxVio, (max c - mean c) / mean c: float64 `[...]`, from 0 (even) to E - 1; `imbalance` minus 1.
+
+    Of one batch, or global: as the counts are (DeepSeek's loss-free balancing, arXiv 2408.15664).
+    """
+    return np.asarray(imbalance(counts) - 1)
+
+
+def balancedness(load: npt.ArrayLike, aggregation: Literal["sglang", "vllm"]) -> Floats:
+    """How near to even the load of several layers is: load `[..., L, U]` to float64 `[...]`, from 1/U to 1 (even).
+
+    U are the units that share a layer's work: experts, or GPUs with the loads of their experts added up, which is what
+    both engines take. The two aggregate the L layers differently:
+
+    - `sglang`: the mean over layers of mean c / max c (`compute_utilization_rate` of its expert distribution recorder,
+      but for the 1e-5 that is added there to both). A layer without load has no ratio and is left out of the mean.
+    - `vllm`: sum over layers of mean c, divided by the sum over layers of max c (as the comments of its EPLB state
+      define it; the code of some of its versions takes mean and max along the other axis).
+
+    NaN without any load. Raises ValueError for another aggregation.
+    """
+    c = floats(load)
+    if c.ndim < 2:
+        raise ValueError(f"balancedness is of several layers, [..., layers, units], but the shape is {c.shape}")
+    mean, most = c.mean(axis=-1), c.max(axis=-1)
+    if aggregation == "vllm":
+        return ratio(mean.sum(axis=-1), most.sum(axis=-1))
+    if aggregation == "sglang":
+        return ratio(np.nan_to_num(ratio(mean, most)).sum(axis=-1), (most > 0).sum(axis=-1))
+    raise ValueError(f"there is no aggregation {aggregation!r}: use 'sglang' or 'vllm'")
 
 
 def entropy(counts: npt.ArrayLike) -> Floats:
@@ -60,7 +92,7 @@ def dead_experts(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
 
     NeMo Automodel gives this divided by E.
     """
-    return np.asarray((_floats(counts) == 0).sum(axis=-1), dtype=np.int64)
+    return np.asarray((floats(counts) == 0).sum(axis=-1), dtype=np.int64)
 
 
 def cv(counts: npt.ArrayLike, ddof: int = 0) -> Floats:
@@ -68,10 +100,10 @@ def cv(counts: npt.ArrayLike, ddof: int = 0) -> Floats:
 
     The population's (`ddof` 0) unless `ddof` says otherwise; NaN where E <= ddof.
     """
-    c = _floats(counts)
+    c = floats(counts)
     if c.shape[-1] <= ddof:
         return np.full(c.shape[:-1], np.nan)
-    return _ratio(c.std(axis=-1, ddof=ddof), c.mean(axis=-1))
+    return ratio(c.std(axis=-1, ddof=ddof), c.mean(axis=-1))
 
 
 def gini(counts: npt.ArrayLike) -> Floats:
@@ -80,10 +112,10 @@ def gini(counts: npt.ArrayLike) -> Floats:
     2 sum(i x_(i)) / (n sum(x)) - (n + 1)/n over the counts in ascending order, x_(1) <= … <= x_(n), n = E: half the
     mean absolute difference of two experts, relative to the mean.
     """
-    x = np.sort(_floats(counts), axis=-1)
+    x = np.sort(floats(counts), axis=-1)
     n = x.shape[-1]
     weighted = (x * np.arange(1, n + 1)).sum(axis=-1)
-    return np.asarray(2 * _ratio(weighted, n * x.sum(axis=-1)) - (n + 1) / n)
+    return np.asarray(2 * ratio(weighted, n * x.sum(axis=-1)) - (n + 1) / n)
 
 
 def top(counts: npt.ArrayLike, n: int = 3) -> npt.NDArray[np.int64]:
@@ -93,30 +125,8 @@ def top(counts: npt.ArrayLike, n: int = 3) -> npt.NDArray[np.int64]:
     """
     if n < 1:
         raise ValueError(f"top needs a positive n, not {n}")
-    c = _checked(counts)
+    c = checked(counts)
     # Integers are sorted as integers, which stay exact above 2**53; the reversal turns a stable ascending sort into
     # "descending, lower id first".
     ascending = np.argsort(c[..., ::-1], axis=-1, kind="stable")
     return np.asarray((c.shape[-1] - 1 - ascending)[..., ::-1][..., :n], dtype=np.int64)
-
-
-def _floats(counts: npt.ArrayLike) -> Floats:
-    return _checked(counts).astype(np.float64)
-
-
-def _checked(counts: npt.ArrayLike) -> npt.NDArray[Any]:
-    c = np.asarray(counts)
-    if c.ndim == 0 or c.shape[-1] == 0:
-        raise ValueError(f"counts need an axis of experts, but have the shape {c.shape}")
-    if c.dtype.kind not in "uifb":
-        raise ValueError(f"counts must be numbers, not {c.dtype}")
-    if not np.isfinite(c).all() or (c < 0).any():
-        raise ValueError("counts must be finite and not negative")
-    return c
-
-
-def _ratio(numerator: Floats, denominator: Any) -> Floats:
-    """numerator / denominator, NaN where the denominator is 0, without a warning."""
-    denominator = np.asarray(denominator, dtype=np.float64)
-    out = np.full(np.broadcast_shapes(numerator.shape, denominator.shape), np.nan)
-    return np.asarray(np.divide(numerator, denominator, out=out, where=denominator != 0))
