@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
+import pytest
 import segment_bytes as sb
 
 import moe_trace
 from moe_trace import analysis
+from moe_trace.analysis import one_pass
 
 LAYERS, EXPERTS, K = (0, 3, 4), 7, 2
 NAMES = ("a", "b", "c")
@@ -122,3 +125,33 @@ def opened(tmp_path, seed, steps, per_block, *, without=None):
         place = {"data_parallel_rank": rank, "data_parallel_size": 2}
         write_rank(tmp_path / "run-1" / f"rank-{rank}-dp{rank}", blocks, parallel=place)
     return moe_trace.open(tmp_path)
+
+
+def in_turn(selection, shares, empty, progress):
+    """As several processes would, one after the other."""
+    return [one_pass._fill_share(selection, share, empty, progress) for share in shares]
+
+
+def filled(selection, jobs=1):
+    found = accumulators()
+    with mock.patch.object(one_pass, "_in_processes", in_turn):
+        analysis.fill(selection, *found, jobs=jobs)
+    return found
+
+
+def pipeline(path, steps, per_block=(3, 2), lost=()):
+    """Two stages, with layers 0 and 3, and 4; the second lost some steps, and its blocks are others."""
+    for stage, layers in enumerate(((0, 3), (4,))):
+        kept = [step for step in steps if not (stage and step.number in lost)]
+        kept = [replace(step, layers={n: step.layers[n] for n in layers}) for step in kept]
+        place = {"pipeline_parallel_rank": stage, "pipeline_parallel_size": 2}
+        blocks = blocks_of(kept, per_block[stage])
+        write_rank(path / "run-1" / f"rank-{stage}-pp{stage}", blocks, layers, parallel=place)
+    return moe_trace.open(path)
+
+
+def sums_of(found):
+    """As `found_by`. Only the sum of floats is another where blocks are."""
+    compared = found_by(*found)
+    *rest, sums = compared[-1]
+    return [*compared[:-1], rest, {key: pytest.approx(float(value)) for key, value in sums.items()}]

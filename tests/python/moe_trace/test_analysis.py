@@ -6,7 +6,7 @@ import os
 import tempfile
 import tracemalloc
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
 from unittest import mock
@@ -25,18 +25,6 @@ from moe_trace.analysis.work import Window, split, windows
 from moe_trace.batch import NOT_CURRENT
 
 SECOND = 1_000_000_000
-
-
-def in_turn(selection, shares, empty, progress):
-    """As several processes would, one after the other."""
-    return [one_pass._fill_share(selection, share, empty, progress) for share in shares]
-
-
-def filled(selection, jobs=1):
-    found = at.accumulators()
-    with mock.patch.object(one_pass, "_in_processes", in_turn):
-        analysis.fill(selection, *found, jobs=jobs)
-    return found
 
 
 def rows_of(selection):
@@ -175,9 +163,9 @@ def test_results_are_brute_force_however_divided(seed, steps, per_block, without
     with tempfile.TemporaryDirectory() as directory:
         trace = at.opened(Path(directory), seed, steps, per_block, without=without)
         selection = trace.current() if current else trace
-        found = filled(selection)
+        found = at.filled(selection)
         check_against_brute_force(selection, found)
-        np.testing.assert_equal(at.found_by(*filled(selection, jobs)), at.found_by(*found))
+        np.testing.assert_equal(at.found_by(*at.filled(selection, jobs)), at.found_by(*found))
 
 
 @settings(max_examples=25, deadline=None)
@@ -193,7 +181,7 @@ def test_selections_are_cut_where_they_say(seed, jobs, first, more):
             trace.current().request("b"),
         ):
             repeated, counts = analysis.Repetition(), analysis.RequestCounts()
-            with mock.patch.object(one_pass, "_in_processes", in_turn):
+            with mock.patch.object(one_pass, "_in_processes", at.in_turn):
                 assert not [n for n in analysis.fill(selection, repeated, counts, jobs=jobs) if "damaged" in n]
             rows = list(rows_of(selection))
             assert counts.rows.sum() + counts.nobodys == len(rows)
@@ -204,91 +192,9 @@ def test_selections_are_cut_where_they_say(seed, jobs, first, more):
                     assert of_all == [sum(v[n] for k, v in sums.items() if k[1] == choice) for n in (0, 1)]
 
 
-def pipeline(path, steps, per_block=(3, 2), lost=()):
-    """Two stages, with layers 0 and 3, and 4; the second lost some steps, and its blocks are others."""
-    for stage, layers in enumerate(((0, 3), (4,))):
-        kept = [step for step in steps if not (stage and step.number in lost)]
-        kept = [replace(step, layers={n: step.layers[n] for n in layers}) for step in kept]
-        place = {"pipeline_parallel_rank": stage, "pipeline_parallel_size": 2}
-        blocks = at.blocks_of(kept, per_block[stage])
-        at.write_rank(path / "run-1" / f"rank-{stage}-pp{stage}", blocks, layers, parallel=place)
-    return moe_trace.open(path)
-
-
-@settings(max_examples=15, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 5), st.sets(st.integers(0, 11)), st.integers(2, 5))
-def test_stages_of_a_pipeline_are_joined_as_one_rank(seed, per_first, per_second, lost, jobs):
-    """What one rank with all layers would have given, of the steps that both stages have."""
-    with tempfile.TemporaryDirectory() as directory:
-        # That a position was executed again is known from its first stage, also where the second lost the step.
-        steps = [
-            replace(s, runs=[(*r[:4], 0) for r in s.runs]) if s.number in lost else s for s in at.messy_steps(seed, 12)
-        ]
-        trace = pipeline(Path(directory, "two"), steps, (per_first, per_second), lost)
-        kept = [step for step in steps if step.number not in lost]
-        place = {"pipeline_parallel_rank": 0, "pipeline_parallel_size": 1}
-        if not kept:
-            return
-        at.write_rank(Path(directory, "one/run-1/rank-0-pp0"), at.blocks_of(kept, 4), parallel=place)
-        expected = found_of = filled(moe_trace.open(Path(directory, "one")))
-        with mock.patch.object(one_pass, "_in_processes", in_turn):
-            for n in (1, jobs):
-                found_of = at.accumulators()
-                notes = analysis.fill(trace, *found_of, jobs=n)
-                lacking = sum(step.rows for step in steps if step.number in lost)
-                said = [note for note in notes if "not all stages" in note]
-                assert said == ([f"{lacking} row{'s' * (lacking != 1)} are left out: not all stages of the pipeline "
-                                 "have them"] if lacking else [])  # fmt: skip
-                np.testing.assert_equal(sums_of(found_of), sums_of(expected))
-
-
-def sums_of(found):
-    """As `found_by`. Only the sum of floats is another where blocks are."""
-    compared = at.found_by(*found)
-    *rest, sums = compared[-1]
-    return [*compared[:-1], rest, {key: pytest.approx(float(value)) for key, value in sums.items()}]
-
-
-def test_times_of_a_pipeline_are_those_of_its_first_stage(tmp_path):
-    steps = at.messy_steps(1, 12)
-    later = [replace(step, time_ns=step.time_ns + SECOND // 2) for step in steps]
-    for stage, (layers, of) in enumerate((((0, 3), steps), ((4,), later))):
-        kept = [replace(step, layers={n: step.layers[n] for n in layers}) for step in of]
-        place = {"pipeline_parallel_rank": stage, "pipeline_parallel_size": 2}
-        at.write_rank(tmp_path / "run-1" / f"rank-{stage}", at.blocks_of(kept, 3 - stage), layers, parallel=place)
-    start = steps[0].time_ns
-    selection = moe_trace.open(tmp_path)._between(start + 3 * SECOND, start + 7 * SECOND + 1)
-    counts = analysis.RequestCounts()
-    assert analysis.fill(selection, counts) == []
-    assert counts.rows.sum() + counts.nobodys == selection.rows == sum(step.rows for step in steps[3:8])
-
-
-def test_sequence_parallel_shards_are_one_request(tmp_path):
-    """Each step's rows are split among two ranks; the tokens still follow each other."""
-    sizes = [4, 2, 2, 2, 2]
-    steps, _ = sb.make_steps(sizes, layers=(0,), k=at.K, experts=at.EXPERTS, requests=("a",))
-    at.write_rank(tmp_path / "one/run-1/rank-0", [sb.rows_block(steps, notes=at.notes()[:1])], (0,))
-    for shard in range(2):
-        halves = []
-        for step in steps:
-            rows = slice(shard * step.rows // 2, (shard + 1) * step.rows // 2)
-            layers = {0: {name: column[rows] for name, column in step.layers[0].items()}}
-            position = sb.per_row([step], "position")[rows]
-            runs = [(0, int(position[0]), len(position), sb.DECODE, 0)]
-            halves.append(replace(step, layers=layers, runs=runs))
-        blocks = [sb.rows_block(halves[n : n + 2 + shard], n, notes=at.notes()[:1]) for n in range(0, 5, 2 + shard)]
-        place = {"tensor_parallel_rank": shard, "tensor_parallel_size": 2, "sequence_parallel": True}
-        at.write_rank(tmp_path / f"two/run-1/rank-{shard}", blocks, (0,), parallel=place)
-    one, two = (analysis.Repetition() for _ in range(2))
-    analysis.fill(moe_trace.open(tmp_path / "one"), one)
-    assert analysis.fill(moe_trace.open(tmp_path / "two"), two) == []
-    assert one.sums(0, "any")[1].tolist() == [11]
-    np.testing.assert_equal(at.found_by(two), at.found_by(one))
-
-
 @pytest.mark.parametrize("layout", ["engines", "pipeline"])
 def test_two_processes_find_the_same(tmp_path, layout):
-    trace = at.opened(tmp_path, 5, 20, 3, without=3) if layout == "engines" else pipeline(
+    trace = at.opened(tmp_path, 5, 20, 3, without=3) if layout == "engines" else at.pipeline(
         tmp_path, at.messy_steps(5, 20), lost={4, 11}
     )  # fmt: skip
     one, two, told = at.accumulators(), at.accumulators(), {1: 0, 2: 0}
@@ -331,10 +237,10 @@ def test_a_process_that_is_killed_is_an_error(tmp_path):
 def test_an_accumulator_goes_on_where_it_was(tmp_path):
     """Two halves of a trace, one after the other, are the whole."""
     trace = at.opened(tmp_path, 7, 12, 3)
-    whole, halves = filled(trace), at.accumulators()
+    whole, halves = at.filled(trace), at.accumulators()
     analysis.fill(trace.steps(0, 5), *halves)
     analysis.fill(trace.steps(5), *halves)
-    np.testing.assert_equal(sums_of(halves), sums_of(whole))
+    np.testing.assert_equal(at.sums_of(halves), at.sums_of(whole))
 
 
 def test_a_damaged_block_is_left_out_and_said(tmp_path):
@@ -389,7 +295,7 @@ def test_a_trace_without_rows(tmp_path):
 
 def test_figures_are_those_of_the_metrics(tmp_path):
     trace = at.opened(tmp_path, 10, 20, 4)
-    together, _, transitions, _, repetition, over_time, by_request, *_ = filled(trace)
+    together, _, transitions, _, repetition, over_time, by_request, *_ = at.filled(trace)
     assert np.array_equal(together.share(0), metrics.coactivation(together.counts[0]), equal_nan=True)
     assert np.array_equal(transitions.share(0, 3), metrics.transition(transitions.counts[0, 3]), equal_nan=True)
     assert transitions.mutual_information(0, 3) == metrics.mutual_information(transitions.counts[0, 3])
@@ -431,7 +337,7 @@ def test_memory_is_that_of_a_block_and_not_of_the_trace(tmp_path, layout):
         steps, _ = sb.make_steps([400] * blocks, layers=at.LAYERS, k=at.K, experts=at.EXPERTS, logits=True)
         path = tmp_path / str(blocks)
         if layout == "pipeline":
-            trace = pipeline(path, steps, (1, 1))
+            trace = at.pipeline(path, steps, (1, 1))
         else:
             at.write_rank(path / "run-1/rank-0", at.blocks_of(steps, 1))
             trace = moe_trace.open(path)
