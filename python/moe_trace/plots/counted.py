@@ -1,0 +1,135 @@
+"""What pictures and the report show beyond the counts of a selection: windows of time, pairs of experts, distances."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace import format as fmt
+from moe_trace import metrics
+from moe_trace.joined import groups
+from moe_trace.plots.style import Floats
+
+if TYPE_CHECKING:
+    from moe_trace import Selection
+
+Ints = npt.NDArray[np.int64]
+
+WINDOWS = 48
+STEPS_EACH = 4  # in a window, on average: with fewer, windows without any would look like a pause
+_CHUNK = 1 << 20  # pairs that are counted at once
+
+
+def windows(selection: Selection, most: int = WINDOWS) -> tuple[Floats, dict[int, Ints], list[str]]:
+    """The counts of a selection in equally long windows of time, from its first step to its last: `most` of them, or
+    so few that there are `STEPS_EACH` steps to a window.
+
+    Returns the edges, float64 `[windows + 1]` in seconds since the first step; for each layer `[windows, experts]`; and
+    what has to be said of them: a sentence where rows that are counted and not stored could not be cut at an edge, and
+    are in each window that their block reaches into.
+
+    Raises ValueError where there is no step, or all steps began at the same time.
+    """
+    spans = [times for rank in selection._ranks if len(times := rank.times())]
+    first, last = (min(int(t[0]) for t in spans), max(int(t[1]) for t in spans)) if spans else (0, 0)
+    asked = selection._asked
+    first = first if asked.first_ns is None else max(first, asked.first_ns)
+    last = last if asked.end_ns is None else min(last, asked.end_ns - 1)
+    if last <= first:
+        raise ValueError("there is no time to show: fewer than two steps, or all of them began at once")
+    steps = sum(
+        block.last_step - block.first_step + 1
+        for rank in (group[0][0] for group in groups(selection._ranks))
+        for block in rank.blocks()
+        if not asked.misses(block.first_time_ns, block.last_time_ns, block.first_step, block.last_step)
+    )
+    number = min(max(steps // STEPS_EACH, 2), most)
+    edges = np.array([first + (last + 1 - first) * i // number for i in range(number + 1)])
+    into: dict[int, list[Ints]] = {layer: [] for layer in selection.layers}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for start, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            for layer, stats in selection._between(start, end).stats().items():
+                into[layer].append(stats.counts)
+    lack = "rows that are counted and not stored are in each window that their block reaches into" if said else ""
+    return (edges - first) / 1e9, {layer: _stacked(counts) for layer, counts in into.items()}, [lack] if lack else []
+
+
+def _stacked(counts: Sequence[Ints]) -> Ints:
+    out = np.zeros((len(counts), max(map(len, counts))), np.int64)
+    for row, of_one in zip(out, counts, strict=True):
+        row[: len(of_one)] = of_one
+    return out
+
+
+def pairs(selection: Selection, layer: int, experts: int) -> Ints:
+    """How many stored rows of a layer chose both of two experts: int64 `[experts, experts]`; on the diagonal, how many
+    chose the one. Rows with an invalid id are counted by their valid ids.
+    """
+    found = np.zeros(experts * experts, np.int64)
+    for batch in selection.layer(layer).batches():
+        ids = batch.column(fmt.IDS, layer)
+        if ids is None:
+            continue
+        step = max(_CHUNK // (ids.shape[1] ** 2), 1)
+        for start in range(0, len(ids), step):
+            part = ids[start : start + step].astype(np.int64)
+            part = np.where(part < experts, part, -experts * experts - 1)  # an id that is none makes no cell
+            cells = (part[:, :, None] * experts + part[:, None, :]).ravel()
+            found += np.bincount(cells[cells >= 0], minlength=experts * experts)
+    return found.reshape(experts, experts)
+
+
+def expected_pairs(counts: npt.ArrayLike) -> Floats:
+    """How often two experts would be chosen together by chance, given how often each is chosen at all.
+
+    counts: `[experts, experts]` as from `pairs`. Returns float64 of that shape, zeros on the diagonal: the table
+    a_i a_j that has the same sums of rows as the counts. A row never chooses an expert twice, so that this, and not
+    N_i N_j / N, is independence here (quasi-independence: Goodman, JASA 63, 1968). By iterative proportional fitting.
+    """
+    seen = np.array(counts, dtype=np.float64)
+    np.fill_diagonal(seen, 0)
+    sums = seen.sum(axis=1)
+    a = np.sqrt(sums)
+    for _ in range(1000):
+        rest = a.sum() - a
+        fitted = np.divide(sums, rest, out=np.zeros_like(a), where=rest > 0)
+        new = np.sqrt(a * fitted)  # halfway on a logarithmic scale: the plain step swings to and fro
+        done = np.allclose(new, a, rtol=1e-12, atol=0)
+        a = new
+        if done:
+            break
+    table = np.outer(a, a)
+    np.fill_diagonal(table, 0)
+    return table
+
+
+def lift(counts: npt.ArrayLike, expected: npt.ArrayLike) -> Floats:
+    """counts / expected, NaN where nothing is expected."""
+    seen, by_chance = np.asarray(counts, np.float64), np.asarray(expected, np.float64)
+    return np.asarray(np.divide(seen, by_chance, out=np.full(seen.shape, np.nan), where=by_chance > 0))
+
+
+def total_variation(first: npt.ArrayLike, second: npt.ArrayLike) -> Floats:
+    """Half the sum of |p_e - q_e| on counts `[..., experts]`: the share of the assignments that one set gives to other
+    experts than the other does. float64 `[...]`, 0 to 1, NaN where a set has no assignments.
+    """
+    return np.asarray(np.abs(metrics.shares(first) - metrics.shares(second)).sum(axis=-1) / 2)
+
+
+def chance_distance(first: npt.ArrayLike, second: npt.ArrayLike) -> Floats:
+    """What `total_variation` is expected to be of two sets with as many assignments if both were drawn independently
+    from the shares of the two together: sum of sqrt(p(1-p)(1/n + 1/m)) / sqrt(2 pi), by the normal approximation.
+
+    Tokens of one text resemble each other, so real sets without a systematic difference differ by more than this.
+    """
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    p = metrics.shares(a + b)
+    with np.errstate(divide="ignore"):
+        noise = 1 / a.sum(axis=-1) + 1 / b.sum(axis=-1)
+    value = np.sqrt(p * (1 - p)).sum(axis=-1) * np.sqrt(noise / (2 * np.pi))
+    return np.asarray(np.where(np.isfinite(noise), value, np.nan))
