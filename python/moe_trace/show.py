@@ -8,7 +8,7 @@ characters are made visible: a trace may be a stranger's file.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import IO, Any, Protocol
@@ -82,7 +82,7 @@ def summary(out: Console, of: dict[str, Any]) -> None:
     out.print()
     for warning in of["warnings"]:
         _hang(out, _line(f"note      {warning}", "yellow"), 10)
-    for line in _losses_and_coverage(of):
+    for line in losses_and_coverage(of):
         _hang(out, line, 10)
 
 
@@ -129,7 +129,7 @@ def info(out: Console, of: dict[str, Any]) -> None:
             table.add_row(*cells, *[NOTHING] * 5, rank["state"])
     out.print(table)
     out.print()
-    for line in _losses_and_coverage(of):
+    for line in losses_and_coverage(of):
         _hang(out, line, 10)
 
 
@@ -229,7 +229,7 @@ def _over_all(whole: dict[str, Any], layers: int) -> Iterator[Text]:
         yield _line(f"  top by expert id     {top}; added up over the layers")
 
 
-def _rows(of: dict[str, Any]) -> str:
+def _rows(of: Mapping[str, Any]) -> str:
     """How many rows there are, where not all are stored."""
     if of["executed_rows"] <= of["stored_rows"]:
         return f"{of['stored_rows']:,}"
@@ -241,7 +241,7 @@ def _share(sample: Any) -> str:
     return f"{100 * sample:g} %" if isinstance(sample, (int, float)) else "unknown"
 
 
-def _kinds(of: dict[str, Any]) -> str:
+def _kinds(of: Mapping[str, Any]) -> str:
     """The executed tokens by phase and modality, and how many of them were executed for another reason than to be the
     next."""
     totals: dict[tuple[str, str], int] = {}
@@ -257,7 +257,8 @@ def _kinds(of: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _losses_and_coverage(of: dict[str, Any]) -> Iterator[Text]:
+def losses_and_coverage(of: Mapping[str, Any]) -> Iterator[Text]:
+    """How whole a trace is, from the object of `moe_trace.summary`: lines of a label in ten letters and a text."""
     if of["kinds"]:
         yield _line(f"tokens    {_kinds(of)}")
     if of["executed_rows"] > of["stored_rows"]:

@@ -67,9 +67,7 @@ def ratio(
         few[row, : len(most)] = most < FEW
     with np.errstate(divide="ignore", invalid="ignore"):
         quotient = np.where(few, np.nan, ours / theirs)
-    finite = np.abs(np.log2(quotient[np.isfinite(quotient) & (quotient > 0)]))
-    most_drawn = float(2 ** np.quantile(finite, 0.999)) if len(finite) else 2.0
-    most_drawn = float(np.clip(most_drawn, 2.0, 64.0))
+    most_drawn = style.end_of_scale(quotient)
     # 0 is "none in the first set", which is no lack of data here: the end of the scale, and not grey.
     drawn = np.where(quotient == 0, 1 / most_drawn, quotient)
     scale = f"share of {names[0]} / share of {names[1]}" + ("\n(grey: too few to say)" if np.isnan(drawn).any() else "")

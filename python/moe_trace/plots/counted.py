@@ -66,12 +66,12 @@ def _stacked(counts: Sequence[Ints]) -> Ints:
     return out
 
 
-def pairs(selection: Selection, layer: int, experts: int) -> Ints:
+def pairs(selection: Selection, layer: int, experts: int, left_out: list[str] | None = None) -> Ints:
     """How many stored rows of a layer chose both of two experts: int64 `[experts, experts]`; on the diagonal, how many
-    chose the one. Rows with an invalid id are counted by their valid ids.
+    chose the one. Rows with an invalid id are counted by their valid ids. left_out: as for `Selection.batches`.
     """
     found = np.zeros(experts * experts, np.int64)
-    for batch in selection.layer(layer).batches():
+    for batch in selection.layer(layer).batches(left_out):
         ids = batch.column(fmt.IDS, layer)
         if ids is None:
             continue
@@ -87,10 +87,18 @@ def pairs(selection: Selection, layer: int, experts: int) -> Ints:
 def expected_pairs(counts: npt.ArrayLike) -> Floats:
     """How often two experts would be chosen together by chance, given how often each is chosen at all.
 
-    counts: `[experts, experts]` as from `pairs`. Returns float64 of that shape, zeros on the diagonal: the table
-    a_i a_j that has the same sums of rows as the counts. A row never chooses an expert twice, so that this, and not
-    N_i N_j / N, is independence here (quasi-independence: Goodman, JASA 63, 1968). By iterative proportional fitting.
+    counts: `[experts, experts]` as from `pairs`. Returns float64 of that shape, zeros on the diagonal: a_i a_j of the
+    `factors`, the table of that form that has the same sums of rows as the counts. A row never chooses an expert twice,
+    so that this, and not N_i N_j / N, is independence here (quasi-independence: Goodman, JASA 63, 1968).
     """
+    a = factors(counts)
+    table = np.outer(a, a)
+    np.fill_diagonal(table, 0)
+    return np.asarray(table, np.float64)
+
+
+def factors(counts: npt.ArrayLike) -> Floats:
+    """The a_i of `expected_pairs`, float64 `[experts]`, by iterative proportional fitting."""
     seen = np.array(counts, dtype=np.float64)
     np.fill_diagonal(seen, 0)
     sums = seen.sum(axis=1)
@@ -103,9 +111,7 @@ def expected_pairs(counts: npt.ArrayLike) -> Floats:
         a = new
         if done:
             break
-    table = np.outer(a, a)
-    np.fill_diagonal(table, 0)
-    return table
+    return np.asarray(a)
 
 
 def lift(counts: npt.ArrayLike, expected: npt.ArrayLike) -> Floats:

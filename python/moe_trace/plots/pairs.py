@@ -24,9 +24,8 @@ def together(axes: Axes, lift: npt.ArrayLike, pairs: npt.ArrayLike, expected: np
     float of that shape, how many would by chance. Grey where both are below `FEW` (a ratio of so few says nothing), and
     on the diagonal. The scale ends where 99.9 % of the pairs end, at 64 at most.
     """
-    drawn = _credible(lift, pairs, expected)
-    known = np.abs(np.log2(drawn[np.isfinite(drawn) & (drawn > 0)]))
-    most = float(np.clip(2 ** np.quantile(known, 0.999), 2, 64)) if len(known) else 2.0
+    drawn = credible(lift, pairs, expected)
+    most = style.end_of_scale(drawn)
     scale = f"times as often as by chance (grey: fewer than {FEW} tokens)"
     image = style.ratio_map(axes, np.where(drawn == 0, 1 / most, drawn), scale, most=most)
     axes.set_xticks(style.ticks(len(drawn), 13))
@@ -42,7 +41,7 @@ def strongest_pairs(
     """Bars of the pairs that are chosen together most beyond chance, by how surprising that is. Arguments as for
     `together`. A bar is as long as the lift; beside it is how many tokens chose both.
     """
-    drawn, counts = _credible(lift, pairs, expected), np.asarray(pairs)
+    drawn, counts = credible(lift, pairs, expected), np.asarray(pairs)
     found = strongest(drawn, counts, expected, most)
     heights = [drawn[pair] for pair in found]
     axes.barh(range(len(found)), heights, color=style.BAR, height=0.7)
@@ -73,8 +72,8 @@ def strongest(lift: npt.ArrayLike, pairs: npt.ArrayLike, expected: npt.ArrayLike
     return [divmod(int(cell), len(times)) for cell in order if surprise.flat[cell] > -np.inf]
 
 
-def _credible(lift: npt.ArrayLike, pairs: npt.ArrayLike, expected: npt.ArrayLike) -> Floats:
-    """The lift; NaN on the diagonal and where it says nothing."""
+def credible(lift: npt.ArrayLike, pairs: npt.ArrayLike, expected: npt.ArrayLike) -> Floats:
+    """The lift, as for `together`; NaN on the diagonal and where it says nothing."""
     drawn = np.array(lift, dtype=np.float64)
     if drawn.ndim != 2 or drawn.shape[0] != drawn.shape[1] or drawn.shape != np.shape(pairs) != np.shape(expected):
         raise ValueError(f"pairs of experts must be [experts, experts], not {drawn.shape}")

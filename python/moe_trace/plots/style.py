@@ -131,6 +131,13 @@ def ratio_map(axes: Axes, ratio: Floats, scale: str, *, most: float | None = Non
     return image
 
 
+def end_of_scale(ratios: npt.ArrayLike) -> float:
+    """Where 99.9 % of the ratios end, above 1 or below: 2 at least, 64 at most. Zeros and NaN are not counted."""
+    found = np.asarray(ratios, np.float64)
+    known = np.abs(np.log2(found[np.isfinite(found) & (found > 0)]))
+    return float(np.clip(2 ** np.quantile(known, 0.999), 2, 64)) if len(known) else 2.0
+
+
 def ratio_bar(image: AxesImage, beside: Sequence[Axes], scale: str, *, zero: bool, beyond: bool = False) -> None:
     """The scale of a `ratio_map`, beside one or several axes."""
     from matplotlib.ticker import FuncFormatter, LogLocator
