@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
 
 from moe_trace.cli.common import (
-    FAILED,
     Commands,
     UsageError,
     add_command,
@@ -15,7 +12,6 @@ from moe_trace.cli.common import (
     add_trace,
     asked,
     check_place,
-    fail,
     open_trace,
     select,
     verdict,
@@ -23,65 +19,51 @@ from moe_trace.cli.common import (
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw the histogram of expert usage: of one layer, or of all (or several) layers with a map of each."""
-    from moe_trace import plots, summary
+    """Draw a picture of a trace. Without --kind: how often each expert is chosen, of one layer, or of all (or several)
+    layers with a map of each."""
+    import moe_trace
+    from moe_trace import plots
 
+    output = args.output or ("expert_hist.png" if args.kind == "histogram" else f"{args.kind}.png")
     try:
-        plots.ending_of(args.output)
+        plots.ending_of(output)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    for kind, option, given in (("compare", "--against", args.against), ("request", "--request", args.request)):
+        if (given is None) == (args.kind == kind):
+            wanted = f"--kind {kind} needs {option}" if given is None else f"{option} is for --kind {kind}"
+            raise UsageError(wanted)
     trace = open_trace(args)
-    check_place(args.output)
-    of, counts = summary.summarize(trace, select(trace, args), asked(args))
-    drawn = [(layer, c) for layer, c in zip(of["layers"], counts, strict=True) if layer["assignments"]]
-    if not drawn:
-        return fail(f"there is nothing to draw: no rows. See what is there: moe-native summary {args.trace}", FAILED)
-    model = of["model"] or Path(of["path"]).name
-    note = _note(of, args)
-    if len(drawn) == 1:
-        layer, c = drawn[0]
-        evenness = "" if layer["normalized_entropy"] is None else f" · entropy {layer['normalized_entropy']:.4f}"
-        note = f"{layer['rows']:,} rows{note}{evenness} · max/mean {layer['imbalance']:.2f}"
-        figure = plots.expert_histogram(c, title=f"{model} · layer {layer['layer']}", note=note)
-    else:
-        layers = [layer["layer"] for layer, _ in drawn]
-        rows = sorted({layer["rows"] for layer, _ in drawn})
-        each = f"{rows[0]:,}" if len(rows) == 1 else f"{rows[0]:,} to {rows[-1]:,}"
-        figure = plots.layers_histogram(
-            layers,
-            [c for _, c in drawn],
-            title=f"{model} · {len(layers)} layers",
-            note=f"{each} rows a layer{note}",
-        )
-    plots.save(figure, args.output)
-    print(args.output)
-    return verdict(trace)
-
-
-def _note(of: dict[str, Any], args: argparse.Namespace) -> str:
-    """What a picture has to say beside its rows: how they were selected, and that some are missing."""
-    from moe_trace.units import count
-
-    note = f" · {args.phase} only" if args.phase else ""
-    note += f" · since {args.since}" if args.since else ""
-    note += f" · run {args.run}" if args.run else ""
-    note += f" · {of['stored_rows']:,} stored" if of["executed_rows"] > of["stored_rows"] else ""
-    note += " · whole blocks counted at the ends" if of["warnings"] else ""
-    missed = len(of["coverage"]["missed"])
-    note += f" · {count(missed, 'layer')} missed" if missed else ""
-    return note + (" · with losses" if of["losses"] or of["problems"] else "")
+    other = None if args.against is None else moe_trace.open(args.against)
+    check_place(output)
+    figure = plots.of(
+        select(trace, args),
+        args.kind,
+        other=None if other is None else select(other, args),
+        request=args.request,
+        asked=asked(args),
+    )
+    plots.save(figure, output)
+    print(output)
+    return verdict(trace) or (0 if other is None else verdict(other))
 
 
 def add(commands: Commands) -> None:
+    from moe_trace.plots.kinds import KINDS
+
     parser = add_command(
         commands,
         "plot",
         run,
-        "draw the histogram of expert usage",
-        example="moe-native plot trace --layer 12 -o layer12.png",
+        "draw a picture: histogram, heatmap, balance, time, …",
+        example="moe-native plot trace --kind heatmap -o heatmap.png",
     )
     add_trace(parser)
     add_selection(parser)
+    what = "; ".join(f"{kind}: {text}" for kind, text in KINDS.items())
+    parser.add_argument("--kind", choices=tuple(KINDS), default="histogram", metavar="KIND", help=f"{what} (histogram)")
+    parser.add_argument("--against", metavar="TRACE", help="the second trace, for --kind compare")
+    parser.add_argument("--request", metavar="ID", help="the request to draw, for --kind request")
     parser.add_argument(
-        "-o", "--output", default="expert_hist.png", metavar="FILE", help="PNG, SVG or PDF (expert_hist.png)"
+        "-o", "--output", metavar="FILE", help="PNG, SVG or PDF (KIND.png; of the histogram expert_hist.png)"
     )

@@ -222,7 +222,7 @@ def test_plot_says_what_it_shows(tmp_path, capsys, monkeypatch):
     from moe_trace import plots
 
     notes = []
-    monkeypatch.setattr(plots, "layers_histogram", lambda *_, note, **__: notes.append(note))
+    monkeypatch.setattr(plots.kinds, "layers_histogram", lambda *_, note, **__: notes.append(note))
     monkeypatch.setattr(plots, "save", lambda *_: None)
     path = write(tmp_path / "t", {1})
     for arguments in ([], ["--since", "2027-01-15T08:00:06Z"]):

@@ -1,0 +1,48 @@
+"""`moe-native report`: one page that can be mailed."""
+
+from __future__ import annotations
+
+import argparse
+
+from moe_trace.cli.common import (
+    Commands,
+    add_command,
+    add_selection,
+    add_trace,
+    asked,
+    check_place,
+    open_trace,
+    output_file,
+    select,
+    verdict,
+)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write one HTML page: what was recorded and how completely, what stands out, and pictures and tables to look
+    into. It opens from disk, loads nothing, and can be mailed as it is."""
+    from moe_trace import report
+
+    trace = open_trace(args)
+    check_place(args.output)
+    page = report.build(trace, select(trace, args), asked(args))
+    with output_file(args.output) as out:
+        out.write(page)
+    if args.output != "-":
+        print(args.output)
+    return verdict(trace)
+
+
+def add(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "report",
+        run,
+        "write a page with findings, pictures and tables",
+        example="moe-native report trace -o report.html",
+    )
+    add_trace(parser)
+    add_selection(parser)
+    parser.add_argument(
+        "-o", "--output", default="report.html", metavar="FILE", help="where to write (report.html); - for stdout"
+    )
