@@ -1,0 +1,149 @@
+"""Windows, pairs and distances against brute force, scipy and closed forms."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import segment_bytes as sb
+import skewed
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+import moe_trace
+from moe_trace.plots import counted
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    return moe_trace.open(skewed.write(tmp_path_factory.mktemp("counted") / "t", experts=12, k=3, layers=[2, 5]))
+
+
+def test_windows_are_the_counts_of_their_times(trace):
+    edges, windows, said = counted.windows(trace)
+    steps = 12 + 20
+    assert said == [] and len(edges) == 1 + steps // counted.STEPS_EACH and edges[0] == 0
+    assert edges[-1] == pytest.approx(steps - 1)  # seconds: a step each
+    np.testing.assert_allclose(np.diff(edges), edges[-1] / (len(edges) - 1))
+    began = (trace.times - trace.times.min()) / np.timedelta64(1, "s")
+    for place, layer in enumerate(trace.layers):
+        for number in range(len(edges) - 1):
+            inside = (began >= edges[number]) & (began < edges[number + 1])
+            expected = np.bincount(trace.ids[inside, place].ravel(), minlength=12)
+            np.testing.assert_array_equal(windows[layer][number], expected)
+        np.testing.assert_array_equal(windows[layer].sum(axis=0), trace.layer(layer).counts())
+
+
+def test_windows_keep_to_the_selection(trace):
+    start, end = trace.times.min() + np.timedelta64(5, "s"), trace.times.min() + np.timedelta64(21, "s")
+    edges, windows, _ = counted.windows(trace.layer([5]).decode().between(start, end))
+    assert list(windows) == [5] and edges[-1] <= 16
+    chosen = trace.layer(5).decode().between(start, end)
+    assert windows[5].sum() == chosen.counts().sum() > 0
+
+
+def test_windows_of_rows_that_are_only_counted_say_so(tmp_path):
+    steps, _ = sb.make_steps([6] * 12, layers=[0])
+    blocks = [sb.sampled_block(steps[:6], set(), 0), sb.sampled_block(steps[6:], set(), 1)]
+    sb.write_rank(tmp_path / "run-1" / "rank-0", [sb.segment(blocks, {"layers": sb.ledger([0])})])
+    _, windows, said = counted.windows(moe_trace.open(tmp_path))
+    assert windows[0].sum() >= 12 * 6 * 4
+    (sentence,) = said
+    assert "each window that their block reaches into" in sentence
+
+
+def test_no_time_to_show(tmp_path):
+    steps, notes = sb.make_steps([6], layers=[0])
+    sb.write_rank(tmp_path / "run-1" / "rank-0", [sb.segment([sb.rows_block(steps, notes=notes)])])
+    with pytest.raises(ValueError, match="there is no time to show"):
+        counted.windows(moe_trace.open(tmp_path))
+
+
+def test_pairs_are_counted(trace, monkeypatch):
+    ids = trace.layer(2).ids.astype(int)
+    expected = np.zeros((12, 12), int)
+    for row in ids:
+        for i, j in combinations(row, 2):
+            expected[i, j] += 1
+            expected[j, i] += 1
+        expected[row, row] += 1
+    np.testing.assert_array_equal(counted.pairs(trace, 2, 12), expected)
+    monkeypatch.setattr(counted, "_CHUNK", 50)  # a few rows at once
+    np.testing.assert_array_equal(counted.pairs(trace, 2, 12), expected)
+
+
+def test_invalid_ids_are_in_no_pair(tmp_path):
+    ids = np.array([[0, 1, 255], [255, 255, 2], [0, 2, 1]], np.uint8)
+    step = sb.Step(0, [(0, 0, 3, sb.PREFILL, 0)], {0: {"ids": ids}})
+    metadata = {"layers": sb.ledger([0], 3, 4)}
+    sb.write_rank(tmp_path / "run-1" / "rank-0", [sb.segment([sb.rows_block([step])], metadata)])
+    found = counted.pairs(moe_trace.open(tmp_path), 0, 4)
+    assert found.tolist() == [[2, 2, 1, 0], [2, 2, 1, 0], [1, 1, 2, 0], [0, 0, 0, 0]]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 20), st.integers(2, 4))
+def test_expected_pairs_have_the_sums_and_the_form_of_independence(seed, experts, k):
+    k = min(k, experts - 1)
+    random = np.random.default_rng(seed)
+    favour = random.uniform(0.5, 2, experts)
+    ids = np.argsort(-favour - random.gumbel(size=(300, experts)), axis=1)[:, :k]
+    seen = np.zeros((experts, experts))
+    for i in range(k):
+        for j in range(k):
+            np.add.at(seen, (ids[:, i], ids[:, j]), 1)
+    expected = counted.expected_pairs(seen)
+    off = seen - np.diag(np.diag(seen))
+    np.testing.assert_allclose(expected.sum(axis=0), off.sum(axis=0), rtol=1e-4, atol=1e-4)
+    a = counted.factors(seen)
+    assert (np.diag(expected) == 0).all() and np.allclose(expected, np.outer(a, a) * (1 - np.eye(experts)))
+    order = random.permutation(experts)
+    shuffled = counted.expected_pairs(seen[np.ix_(order, order)])
+    np.testing.assert_allclose(shuffled, expected[np.ix_(order, order)], rtol=1e-5, atol=1e-6)
+
+
+def test_a_uniform_router_chooses_pairs_as_often_as_expected():
+    """N_i N_j / N would be wrong here: a token never chooses an expert twice."""
+    ids = np.array(list(combinations(range(6), 2)))  # each pair once
+    seen = np.zeros((6, 6))
+    np.add.at(seen, (ids[:, 0], ids[:, 1]), 1)
+    seen += seen.T + np.diag(np.full(6, 5))
+    lift = counted.lift(seen, counted.expected_pairs(seen))
+    np.testing.assert_allclose(lift[~np.eye(6, dtype=bool)], 1, rtol=1e-6)
+    assert np.isnan(np.diag(lift)).all()
+
+
+def test_experts_that_nobody_chooses_have_no_lift():
+    lift = counted.lift(np.zeros((3, 3)), counted.expected_pairs(np.zeros((3, 3))))
+    assert np.isnan(lift).all()
+
+
+@given(st.lists(st.integers(0, 50), min_size=2, max_size=8), st.integers(0, 1000))
+def test_total_variation_is_a_distance(first, seed):
+    second = np.random.default_rng(seed).permutation(first)
+    first = np.array(first)
+    found = float(counted.total_variation(first, second))
+    if not first.any():
+        assert np.isnan(found)
+        return
+    p, q = first / first.sum(), second / second.sum()
+    subsets = [sum(p[i] - q[i] for i in range(len(p)) if mask >> i & 1) for mask in range(1 << len(p))]
+    assert found == pytest.approx(max(subsets), abs=1e-12)  # its other definition: the largest difference of any event
+    assert found == pytest.approx(float(counted.total_variation(second, first)))
+
+
+def test_total_variation_of_nothing_in_common():
+    assert counted.total_variation([3, 0, 0], [0, 1, 5]) == 1
+    assert np.isnan(counted.total_variation([0, 0], [1, 2]))
+
+
+def test_chance_distance_is_what_independent_draws_show():
+    random = np.random.default_rng(0)
+    p = random.dirichlet(np.full(40, 2.0))
+    drawn = [(stats.multinomial.rvs(900, p, random_state=random), stats.multinomial.rvs(400, p, random_state=random))
+             for _ in range(300)]  # fmt: skip
+    seen = np.mean([counted.total_variation(a, b) for a, b in drawn])
+    expected = np.mean([counted.chance_distance(a, b) for a, b in drawn])
+    assert expected == pytest.approx(seen, rel=0.05)
+    assert np.isnan(counted.chance_distance([0, 0], [1, 2]))
