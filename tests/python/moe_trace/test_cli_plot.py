@@ -40,3 +40,23 @@ def test_plot_refuses_before_it_works(trace, tmp_path):
     message = failed("plot", trace, "-o", tmp_path / "hist.png", "--since", "2030-01-01", code=1)
     assert "nothing to draw" in message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["heatmap", "balance", "coactivation", "time", "phases"])
+def test_plot_draws_other_kinds(trace, tmp_path, kind):
+    assert ok("plot", trace, "--kind", kind, cwd=tmp_path) == f"{kind}.png\n"
+    assert imread(tmp_path / f"{kind}.png").std() > 0.02
+
+
+def test_plot_draws_a_request_and_a_second_trace(trace, tmp_path):
+    out = tmp_path / "x.png"
+    assert ok("plot", trace, "--kind", "request", "--request", "a", "-o", out) == f"{out}\n"
+    other = write(tmp_path / "other")
+    assert ok("plot", trace, "--kind", "compare", "--against", other, "-o", out) == f"{out}\n"
+
+
+def test_plot_asks_for_what_a_kind_needs(trace, tmp_path):
+    assert "--kind compare needs --against" in failed("plot", trace, "--kind", "compare", code=2)
+    assert "--kind request needs --request" in failed("plot", trace, "--kind", "request", code=2)
+    assert "--against is for --kind compare" in failed("plot", trace, "--against", trace, code=2)
+    assert "no request 'nobody'" in failed("plot", trace, "--kind", "request", "--request", "nobody", code=1)
