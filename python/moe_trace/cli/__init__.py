@@ -25,7 +25,8 @@ __all__ = ["FAILED", "LOSSY", "USAGE", "WHOLE", "main"]
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # what a shell says of a program that SIGINT or SIGPIPE ended
 
-_COMMANDS = (summary, info, plot, report, export, load, recover, ctl, doctor)  # in the order in which the help lists them
+# In the order in which the help lists them.
+_COMMANDS = (summary, info, plot, report, export, load, recover, ctl, doctor)
 
 _EXAMPLES = """
 examples:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 from moe_trace.cli.common import (
     Commands,
@@ -12,7 +14,6 @@ from moe_trace.cli.common import (
     asked,
     check_place,
     open_trace,
-    output_file,
     select,
     verdict,
 )
@@ -22,13 +23,16 @@ def run(args: argparse.Namespace) -> int:
     """Write one HTML page: what was recorded and how completely, what stands out, and pictures and tables to look
     into. It opens from disk, loads nothing, and can be mailed as it is."""
     from moe_trace import report
+    from moe_trace.exchange.made import whole_file
 
     trace = open_trace(args)
     check_place(args.output)
     page = report.build(trace, select(trace, args), asked(args))
-    with output_file(args.output) as out:
-        out.write(page)
-    if args.output != "-":
+    if args.output == "-":
+        sys.stdout.write(page)
+    else:
+        with whole_file(Path(args.output)) as part:
+            part.write_text(page, encoding="utf-8")
         print(args.output)
     return verdict(trace)
 
