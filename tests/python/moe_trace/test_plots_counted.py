@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import segment_bytes as sb
 import skewed
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -83,6 +83,7 @@ def test_invalid_ids_are_in_no_pair(tmp_path):
     assert found.tolist() == [[2, 2, 1, 0], [2, 2, 1, 0], [1, 1, 2, 0], [0, 0, 0, 0]]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 20), st.integers(2, 4))
 def test_expected_pairs_have_the_sums_and_the_form_of_independence(seed, experts, k):
     k = min(k, experts - 1)
@@ -119,6 +120,7 @@ def test_experts_that_nobody_chooses_have_no_lift():
     assert np.isnan(lift).all()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=8), st.integers(0, 1000))
 def test_total_variation_is_a_distance(first, seed):
     second = np.random.default_rng(seed).permutation(first)
