@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace import format as fmt
 from moe_trace import metrics
+from moe_trace.analysis import Coactivation, fill
 from moe_trace.joined import groups
 from moe_trace.plots.style import Floats
 
@@ -21,7 +21,6 @@ Ints = npt.NDArray[np.int64]
 
 WINDOWS = 48
 STEPS_EACH = 4  # in a window, on average: with fewer, windows without any would look like a pause
-_CHUNK = 1 << 20  # pairs that are counted at once
 
 
 def windows(selection: Selection, most: int = WINDOWS) -> tuple[Floats, dict[int, Ints], list[str]]:
@@ -66,22 +65,17 @@ def _stacked(counts: Sequence[Ints]) -> Ints:
     return out
 
 
-def pairs(selection: Selection, layer: int, experts: int, left_out: list[str] | None = None) -> Ints:
-    """How many stored rows of a layer chose both of two experts: int64 `[experts, experts]`; on the diagonal, how many
-    chose the one. Rows with an invalid id are counted by their valid ids. left_out: as for `Selection.batches`.
+def pairs(selection: Selection, layer: int, experts: int) -> tuple[Ints, list[str]]:
+    """How many stored rows of a layer chose both of two experts, int64 `[experts, experts]` with the rows of each on
+    the diagonal (`analysis.Coactivation`), and the notes of `analysis.fill` on rows that had to be left out.
     """
-    found = np.zeros(experts * experts, np.int64)
-    for batch in selection.layer(layer).batches(left_out):
-        ids = batch.column(fmt.IDS, layer)
-        if ids is None:
-            continue
-        step = max(_CHUNK // (ids.shape[1] ** 2), 1)
-        for start in range(0, len(ids), step):
-            part = ids[start : start + step].astype(np.int64)
-            part = np.where(part < experts, part, -experts * experts - 1)  # an id that is none makes no cell
-            cells = (part[:, :, None] * experts + part[:, None, :]).ravel()
-            found += np.bincount(cells[cells >= 0], minlength=experts * experts)
-    return found.reshape(experts, experts)
+    together = Coactivation()
+    notes = fill(selection.layer([layer]), together)
+    found = together.counts.get(layer, np.zeros((0, 0), np.int64))
+    trace = selection._trace
+    if trace.executed_rows > trace.stored_rows:
+        notes = notes[:-1]  # the last one says that not all rows are stored, as every summary does
+    return np.pad(found, (0, experts - len(found))), notes
 
 
 def expected_pairs(counts: npt.ArrayLike) -> Floats:

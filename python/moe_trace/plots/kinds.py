@@ -183,16 +183,20 @@ def _coactivation(asked: _Asked) -> Figure:
     layer, counts, title = _first_layer(asked, "chosen together")
     if not asked.of["stored_rows"]:
         raise TraceError(f"{asked.of['path']} has counts only, and pairs of experts are counted from rows")
-    seen = counted.pairs(asked.selection, layer["layer"], len(counts))
+    seen, notes = counted.pairs(asked.selection, layer["layer"], len(counts))
     expected = counted.expected_pairs(seen)
     lift = counted.lift(seen, expected)
+    if not seen.any():
+        raise ValueError(f"there is nothing to draw: no rows of layer {layer['layer']}. {' '.join(notes)}")
     if not expected.any():
         raise ValueError(f"layer {layer['layer']} chooses one expert a token: there are no pairs to draw")
     figure = style.new_figure(0, height=8.2)
     left, right = figure.subplots(1, 2, width_ratios=[3.2, 1])
     together(left, lift, seen, expected)
     strongest_pairs(right, lift, seen, expected)
-    style.title(left, title, f"{asked.rows()}{asked.note} · by chance: as often as each is chosen, never one twice")
+    lack = " · rows left out" if notes else ""
+    by_chance = "by chance: as often as each is chosen, never one twice"
+    style.title(left, title, f"{asked.rows()}{asked.note}{lack} · {by_chance}")
     return figure
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace import metrics
+from moe_trace.errors import DamagedTrace
 from moe_trace.plots import comparison, counted, pairs, style
 from moe_trace.plots.kinds import METRICS
 from moe_trace.plots.time import unit_of
@@ -37,7 +38,7 @@ class Data:
         phases, time, pairs: of the sections of these names; None where they cannot be shown, and `why` says why.
         test: whether prefill and decode differ.
         why: for a section, a sentence to be shown in its place, or beside what it shows.
-        left_out: a sentence for each damaged block that was left out where rows were read.
+        damage: a sentence for each part of the rows that should be there and could not be read.
     """
 
     layers: list[dict[str, Any]]
@@ -48,7 +49,7 @@ class Data:
     pairs: dict[str, Any] | None = None
     test: SwapTest | None = None
     why: dict[str, str] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
 
     @property
     def least_even(self) -> int:
@@ -91,7 +92,7 @@ def gather(selection: Selection, layers: Sequence[Mapping[str, Any]], counts: Se
     _phases(data, selection, numbers, stored)
     _time(data, selection, numbers)
     _pairs(data, selection, stored)
-    data.left_out = list(dict.fromkeys(data.left_out))
+    data.damage = list(dict.fromkeys(data.damage))
     return data
 
 
@@ -114,7 +115,7 @@ def _phases(data: Data, selection: Selection, numbers: list[int], stored: bool) 
     }
     if stored:
         experts = {numbers[i]: len(data.counts[i]) for i in rows}
-        data.test = swap_test(by_group(selection.layer(list(experts)), experts, data.left_out))
+        data.test = swap_test(by_group(selection.layer(list(experts)), experts, data.damage))
 
 
 def _long(counts: Ints, experts: int) -> Ints:
@@ -126,6 +127,10 @@ def _time(data: Data, selection: Selection, numbers: list[int]) -> None:
         edges, windows, said = counted.windows(selection)
     except ValueError as error:
         data.why["time"] = f"{str(error)[0].upper()}{str(error)[1:]}."
+        return
+    except DamagedTrace as error:
+        data.why["time"] = f"This cannot be shown: {error}."
+        data.damage.append(str(error))
         return
     unit, name = unit_of(edges[-1])
     written = [_written(edge / unit) for edge in edges]
@@ -152,8 +157,12 @@ def _pairs(data: Data, selection: Selection, stored: bool) -> None:
     if not stored:
         data.why["pairs"] = "The trace has counts only, and pairs of experts are counted from rows."
         return
-    seen = counted.pairs(selection, layer, experts, data.left_out)
+    seen, notes = counted.pairs(selection, layer, experts)
+    data.damage += notes
     expected = counted.expected_pairs(seen)
+    if not seen.any():
+        data.why["pairs"] = f"There are no rows of layer {layer} to count pairs from."
+        return
     if not expected.any():
         data.why["pairs"] = f"Layer {layer} chooses one expert a token, so there are no pairs."
         return

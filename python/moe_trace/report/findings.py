@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moe_trace import metrics
 from moe_trace.report.phases import LEVEL, SHUFFLES, SwapTest
 from moe_trace.show import ranges
 from moe_trace.units import count
@@ -99,7 +100,7 @@ def _dead(layers: Sequence[Mapping[str, Any]]) -> str:
     if not dead:
         return "Every expert of every layer was chosen at least once."
     number, experts = sum(layer["dead_experts"] for layer in dead), sum(layer["experts"] for layer in layers)
-    by_chance = sum(dead_by_chance(layer["experts"], layer["assignments"]) for layer in layers)
+    by_chance = sum(_dead_by_chance(layer) for layer in layers)
     worst = max(dead, key=lambda layer: layer["dead_experts"])
     return (
         f"{number:,} of {experts:,} experts were never chosen, in one layer (layer {worst['layer']}) up to "
@@ -108,11 +109,10 @@ def _dead(layers: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def dead_by_chance(experts: int, assignments: int) -> float:
-    """How many of E equally likely experts n assignments are expected to leave out: E (1 - 1/E)^n. (Of a token's k
-    choices none is twice the same, which makes it a little less.)
-    """
-    return experts * (1 - 1 / experts) ** assignments
+def _dead_by_chance(layer: Mapping[str, Any]) -> float:
+    """How many experts a layer with as many tokens leaves out if each is as likely."""
+    k = layer["top_k"] or max(round(layer["assignments"] / layer["rows"]), 1)
+    return float(layer["experts"] - metrics.distinct_by_chance(layer["experts"], k, layer["rows"]))
 
 
 def _phases(data: Data) -> str:

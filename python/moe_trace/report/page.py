@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_trace.report import data as numbers
 from moe_trace.report import findings, recorded
-from moe_trace.summary import summarize
+from moe_trace.summary import standing, summarize
 from moe_trace.units import count
 
 if TYPE_CHECKING:
@@ -62,8 +62,9 @@ def build(trace: Trace, selection: Selection, asked: Mapping[str, Any] | None = 
     summary, counts = summarize(trace, selection, asked or {})
     data = numbers.gather(selection, summary["layers"], counts, stored=summary["stored_rows"] > 0)
     name = summary["model"] or Path(summary["path"]).name
-    facts = [*recorded.lines(summary, trace.metadata), *(("problem", text, "bad") for text in data.left_out)]
-    verdict, level = _verdict(summary)
+    summary.update(standing(trace))  # again: some damage is found where rows are read
+    facts = [*recorded.lines(summary, trace.metadata), *(("damage", text, "bad") for text in data.damage)]
+    verdict, level = _verdict(summary, bool(data.damage))
     script = "\n" + _file("charts.js") + _file("page.js")
     style = "\n" + _file("page.css")
     parts = {
@@ -109,8 +110,8 @@ def _json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _verdict(summary: Mapping[str, Any]) -> tuple[str, str]:
-    if not summary["complete"]:
+def _verdict(summary: Mapping[str, Any], damaged: bool) -> tuple[str, str]:
+    if damaged or not summary["complete"]:
         return "This trace is not whole: what is missing is said below.", "bad"
     said = "Nothing that was to be recorded is missing"
     said += ", but for the oldest segments, which were deleted" if summary["deleted_segments"] else ""

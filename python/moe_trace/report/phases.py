@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 GROUPS, FEWEST = 32, 6  # of requests: as many as there are, and at most; with fewer than that no test
 SHUFFLES = 999
 LEVEL = 0.05
-_PHASES = (fmt.PHASES.index("prefill"), fmt.PHASES.index("decode"))
+_DECODE = fmt.PHASES.index("decode")
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,14 @@ def by_group(selection: Selection, experts: dict[int, int], left_out: list[str])
     for batch in selection.phase("prefill", "decode").batches(left_out):
         requests, phases = batch.request_numbers, batch.phases
         known = requests != fmt.NOBODY
-        cell = requests.astype(np.int64) % GROUPS * 2 + (phases == _PHASES[1])
+        cell = np.where(known, requests.astype(np.int64) % GROUPS * 2 + (phases == _DECODE), -1)
         for layer in batch.layers:
             ids = batch.column(fmt.IDS, layer)
             if ids is None or layer not in found:
                 continue
             table = found[layer]
             number = table.shape[2]
-            taken = known[:, None] & (ids < number)
-            cells = (cell[:, None] * number + ids)[taken]
-            table += np.bincount(cells, minlength=table.size).reshape(table.shape)
+            table += metrics.counts_by_group(cell, ids, number, 2 * GROUPS).reshape(table.shape)
     return found
 
 

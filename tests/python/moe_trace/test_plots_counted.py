@@ -61,7 +61,7 @@ def test_no_time_to_show(tmp_path):
         counted.windows(moe_trace.open(tmp_path))
 
 
-def test_pairs_are_counted(trace, monkeypatch):
+def test_pairs_are_counted(trace):
     ids = trace.layer(2).ids.astype(int)
     expected = np.zeros((12, 12), int)
     for row in ids:
@@ -69,9 +69,9 @@ def test_pairs_are_counted(trace, monkeypatch):
             expected[i, j] += 1
             expected[j, i] += 1
         expected[row, row] += 1
-    np.testing.assert_array_equal(counted.pairs(trace, 2, 12), expected)
-    monkeypatch.setattr(counted, "_CHUNK", 50)  # a few rows at once
-    np.testing.assert_array_equal(counted.pairs(trace, 2, 12), expected)
+    found, left_out = counted.pairs(trace, 2, 14)
+    np.testing.assert_array_equal(found, np.pad(expected, (0, 2)))
+    assert left_out == []
 
 
 def test_invalid_ids_are_in_no_pair(tmp_path):
@@ -79,7 +79,7 @@ def test_invalid_ids_are_in_no_pair(tmp_path):
     step = sb.Step(0, [(0, 0, 3, sb.PREFILL, 0)], {0: {"ids": ids}})
     metadata = {"layers": sb.ledger([0], 3, 4)}
     sb.write_rank(tmp_path / "run-1" / "rank-0", [sb.segment([sb.rows_block([step])], metadata)])
-    found = counted.pairs(moe_trace.open(tmp_path), 0, 4)
+    found, _ = counted.pairs(moe_trace.open(tmp_path), 0, 4)
     assert found.tolist() == [[2, 2, 1, 0], [2, 2, 1, 0], [1, 1, 2, 0], [0, 0, 0, 0]]
 
 
@@ -149,3 +149,13 @@ def test_chance_distance_is_what_independent_draws_show():
     expected = np.mean([counted.chance_distance(a, b) for a, b in drawn])
     assert expected == pytest.approx(seen, rel=0.05)
     assert np.isnan(counted.chance_distance([0, 0], [1, 2]))
+
+
+def test_pairs_of_a_sample_say_nothing_of_what_is_not_stored(tmp_path):
+    steps, notes = sb.make_steps([20, 20], layers=[0])
+    block = sb.sampled_block(steps, {0}, notes=notes)
+    sb.write_rank(tmp_path / "run-1" / "rank-0", [sb.segment([block], {"layers": sb.ledger([0])})])
+    trace = moe_trace.open(tmp_path)
+    assert trace.executed_rows > trace.stored_rows > 0
+    found, left_out = counted.pairs(trace, 0, 60)
+    assert np.trace(found) == 4 * trace.stored_rows and left_out == []

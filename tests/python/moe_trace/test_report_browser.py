@@ -165,7 +165,7 @@ def test_the_other_charts_answer(opened):
 def test_pairs(opened):
     trace, _, page = opened
     layer = page.js("data.pairs.layer")
-    seen = counted.pairs(trace, layer, trace.experts[layer])
+    seen, _ = counted.pairs(trace, layer, trace.experts[layer])
     expected = counted.expected_pairs(seen)
     i, j = (int(v[0]) for v in (column(page, "strongest", 0), column(page, "strongest", 1)))
     for a, b in ((i, j), (j, i)):
