@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace import metrics
-from moe_trace.analysis import Coactivation, fill
 from moe_trace.joined import groups
 from moe_trace.plots.style import Floats
 
@@ -69,6 +68,8 @@ def pairs(selection: Selection, layer: int, experts: int) -> tuple[Ints, list[st
     """How many stored rows of a layer chose both of two experts, int64 `[experts, experts]` with the rows of each on
     the diagonal (`analysis.Coactivation`), and the notes of `analysis.fill` on rows that had to be left out.
     """
+    from moe_trace.analysis import Coactivation, fill  # for the help of `moe-native plot`, which lists kinds, too much
+
     together = Coactivation()
     notes = fill(selection.layer([layer]), together)
     found = together.counts.get(layer, np.zeros((0, 0), np.int64))
