@@ -271,7 +271,9 @@ def promote(parts: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         return parts
     dtype = np.result_type(*parts)
     return [
-        np.where(p == 255, np.uint16(65535), p).astype(dtype) if p.dtype == np.uint8 and dtype == np.uint16 else p.astype(dtype)
+        np.where(p == 255, np.uint16(65535), p).astype(dtype)
+        if p.dtype == np.uint8 and dtype == np.uint16
+        else p.astype(dtype)
         for p in parts
     ]
 
