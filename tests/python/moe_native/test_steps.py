@@ -34,7 +34,7 @@ class FakeRecorder:
         self.fields: tuple[str, ...] = ("ids", "weights")
         self.amended: list[tuple[int, int, int, list[str]]] = []
         self.directory: Path | None = Path("trace")
-        self.captures = SimpleNamespace(under_way=False)
+        self.captures = SimpleNamespace(under_way=False, lose_step=lambda: None)
 
     @property
     def step_number(self) -> int:
