@@ -265,5 +265,5 @@ def test_an_engine_that_was_built_too_early_says_what_to_do(engine: Engine, chec
     done = run(engine, [["build", {**ENGINE, "model": str(checkpoint)}], ["capture", {"prompts": PROMPTS[:1]}],
                         ["generate", {"prompts": PROMPTS[:1], "max_tokens": 3}]])  # fmt: skip
     kind, said = done[1]["error"]
-    assert kind == "CaptureError" and "before recording was armed" in said and "moe_native.hidden_states" in said
+    assert kind == "NotArmedError" and "before recording was armed" in said and "moe_native.hidden_states" in said
     assert len(done[2][0]["generated"]) == 3  # the engine serves on
