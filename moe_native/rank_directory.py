@@ -48,7 +48,7 @@ def shared_run(trace: Path, key: str) -> str:
         OSError: a directory cannot be made or read.
     """
     trace.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = _DirectoryLock(trace)
+    lock = DirectoryLock(trace)
     try:
         name = re.compile(rf"run-\d{{8}}T\d{{6}}Z-{re.escape(key)}(-\d+)?")
         for run in sorted((run for run in trace.iterdir() if name.fullmatch(run.name)), reverse=True):
@@ -96,7 +96,7 @@ class RankFile:
 
     def __init__(self, directory: Path, owner: dict[str, Any]) -> None:
         self.path = directory / "rank.json"
-        self._lock = _DirectoryLock(directory)
+        self._lock = DirectoryLock(directory)
         self.run_id = secrets.token_bytes(16)
         self._content: dict[str, Any] = {
             "format": "moe-native rank",
@@ -136,7 +136,7 @@ class RankFile:
                 os.close(handle)
 
 
-class _DirectoryLock:
+class DirectoryLock:
     """`flock` on a directory. Where the file system has none, it does nothing, and nobody recovers from there."""
 
     def __init__(self, directory: Path) -> None:
@@ -148,5 +148,5 @@ class _DirectoryLock:
 
 
 # A forked child has the same lock; it would keep it alive beyond the owner's death.
-_locks: weakref.WeakSet[_DirectoryLock] = weakref.WeakSet()
+_locks: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
 os.register_at_fork(after_in_child=lambda: [lock.release() for lock in _locks])

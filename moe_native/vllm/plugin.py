@@ -2,10 +2,10 @@
 
 What it changes, and when:
 
-- Neither `MOE_NATIVE_TRACE` nor `MOE_NATIVE_CAPTURE` is set, and no `moe_native` is in the engine's additional config:
-  nothing. No attribute of vLLM is touched.
+- None of `MOE_NATIVE_TRACE`, `MOE_NATIVE_CAPTURE` and `VLLM_LOG_MOE` is set, and no `moe_native` is in the engine's
+  additional config: nothing. No attribute of vLLM is touched.
 - Else one attribute, `WorkerBase.__init__`, so that each worker made afterwards is asked whether it is to record (see
-  `worker`).
+  `worker`). With `VLLM_LOG_MOE` also what this process does when it ends (see `log_moe`).
 
 The additional config is not an argument of `register()`. But whoever calls vLLM's plugin loader for the first time in
 a process is about to use it: `EngineArgs`, the engine core or the worker's wrapper. So its stack is searched for it,
@@ -70,6 +70,10 @@ def register() -> None:
             return
         if getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "") == _INSPECTOR:
             return
+        if os.environ.get("VLLM_LOG_MOE"):
+            from moe_native.vllm import log_moe
+
+            log_moe.claim()
         _wrap_workers()
         _registered = True
     except Exception as error:
@@ -78,8 +82,8 @@ def register() -> None:
 
 
 def _asked_by_environment() -> bool:
-    trace, capture = (os.environ.get(name, "") for name in ("MOE_NATIVE_TRACE", "MOE_NATIVE_CAPTURE"))
-    return trace not in ("", "0") or (capture != "" and not forbidden())
+    traced = any(os.environ.get(name, "0") not in ("", "0") for name in ("MOE_NATIVE_TRACE", "VLLM_LOG_MOE"))
+    return traced or (os.environ.get("MOE_NATIVE_CAPTURE", "") != "" and not forbidden())
 
 
 def _asked_by_caller() -> bool:

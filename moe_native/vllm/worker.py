@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moe_native.config import Config, ConfigError
-from moe_native.vllm import KEY, symbols
+from moe_native.vllm import KEY, log_moe, symbols
 from moe_native.vllm.probe import UnknownVLLM, require
 
 if TYPE_CHECKING:
@@ -40,9 +39,9 @@ _bindings_in_use = 0
 def follow(worker: Any) -> None:
     """Make `worker`, which has just been made, record if its settings say so. Never raises."""
     try:
-        config = Config.parse(os.environ, _take_settings(worker.vllm_config))
+        config = Config.parse(log_moe.environment(), _take_settings(worker.vllm_config))
         if config.trace is not None or config.capture:
-            _log_where_vllm_logs()
+            log_where_vllm_logs()
             require(worker, symbols.WORKER)
             WorkerRecording(worker, config)
     except ConfigError as error:
@@ -62,7 +61,7 @@ def follow_loaded(worker: Any) -> dict[str, Any] | None:
             return None
         if not worker.model_config.enforce_eager:
             return {"error": "its model is compiled, without what records"}
-        _log_where_vllm_logs()
+        log_where_vllm_logs()
         require(worker, symbols.WORKER)
         WorkerRecording(worker, Config(capture=True)).bind_late()
         return None
@@ -70,7 +69,7 @@ def follow_loaded(worker: Any) -> dict[str, Any] | None:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def _log_where_vllm_logs() -> None:
+def log_where_vllm_logs() -> None:
     """Our log goes to vLLM's handlers: it configures its own logger only."""
     vllm_log = logging.getLogger("vllm")
     if vllm_log.handlers and not log.handlers:
@@ -288,7 +287,11 @@ class WorkerRecording:
             run=None if key is None or trace is None else shared_run(trace, key),
             rank=metadata.rank_name(self.worker.rank, parallel),
             lanes=parallel["microbatches"],
-            metadata={**metadata.describe(self.worker, parallel), "left_out": routers.left_out(runner)},
+            metadata={
+                **metadata.describe(self.worker, parallel),
+                "left_out": routers.left_out(runner),
+                **log_moe.label(),
+            },
             **self.config.recorder_arguments(),
         )
         try:
