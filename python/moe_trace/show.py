@@ -71,19 +71,19 @@ def summary(out: Console, of: dict[str, Any]) -> None:
         asked = {"layer": asked.pop("layers"), **asked}
     if asked:
         text = ", ".join(f"{key} {_plain(value)}" for key, value in asked.items())
-        _hang(out, _line(f"selected: {text}"), 10)
+        hang(out, line(f"selected: {text}"), 10)
     out.print()
     if not any(layer["rows"] for layer in of["layers"]):
-        _hang(out, _line(_no_rows(of), "yellow"), 2)
+        hang(out, line(_no_rows(of), "yellow"), 2)
     else:
         out.print(_layers(of))
-        for line in _over_all(of["all"], len(of["layers"])):
-            _hang(out, line, 23)
+        for said in _over_all(of["all"], len(of["layers"])):
+            hang(out, said, 23)
     out.print()
     for warning in of["warnings"]:
-        _hang(out, _line(f"note      {warning}", "yellow"), 10)
-    for line in losses_and_coverage(of):
-        _hang(out, line, 10)
+        hang(out, line(f"note      {warning}", "yellow"), 10)
+    for said in losses_and_coverage(of):
+        hang(out, said, 10)
 
 
 def info(out: Console, of: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ def info(out: Console, of: dict[str, Any]) -> None:
         facts.append((key, _flat(value)))
     width = max(len(_clean(name)) for name, _ in facts)
     for name, value in facts:
-        _hang(out, _line(f"{_clean(name):<{width}}  {value}"), width + 2)
+        hang(out, line(f"{_clean(name):<{width}}  {value}"), width + 2)
     out.print()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("run", "rank", "segment"):
@@ -129,17 +129,17 @@ def info(out: Console, of: dict[str, Any]) -> None:
             table.add_row(*cells, *[NOTHING] * 5, rank["state"])
     out.print(table)
     out.print()
-    for line in losses_and_coverage(of):
-        _hang(out, line, 10)
+    for text in losses_and_coverage(of):
+        hang(out, text, 10)
 
 
 def finding(out: Console, status: str, what: str, todo: str) -> None:
     """Print one line of the doctor's report, and below it what to do."""
     colour = {"ok": "green", "warning": "yellow", "lossy": "red", "problem": "red"}[status]
     text = Text(f"{status:<8}", style=colour).append(f" {_clean(what)}", style="default")
-    _hang(out, text, 9)
+    hang(out, text, 9)
     if todo:
-        _hang(out, _line(f"         → {todo}", "dim"), 11)
+        hang(out, line(f"         → {todo}", "dim"), 11)
 
 
 def _heading(out: Console, of: dict[str, Any]) -> None:
@@ -150,7 +150,7 @@ def _heading(out: Console, of: dict[str, Any]) -> None:
     if of["complete"] and of["deleted_segments"]:
         whole += f" since {_moment(of['whole_since'])} UTC" if of["whole_since"] else " but for what was deleted"
     head.append(f"   {state.get(of['state'], of['state'])}, {whole}", style=colour)
-    _hang(out, head, 2)
+    hang(out, head, 2)
     parts = [_clean(of["model"])] if of["model"] else []
     if of.get("layers"):
         shapes = {(layer["experts"], layer["top_k"] or 0) for layer in of["layers"]}
@@ -159,7 +159,7 @@ def _heading(out: Console, of: dict[str, Any]) -> None:
     parts.append(f"{count(of['runs'], 'run')}, {count(of['ranks'], 'rank')}{_pipeline(of)}")
     if of["first_time"]:
         parts.append(f"{_moment(of['first_time'])} to {_moment(of['last_time'])} UTC")
-    _hang(out, _line(" · ".join(parts)), 2)
+    hang(out, line(" · ".join(parts)), 2)
 
 
 def _pipeline(of: dict[str, Any]) -> str:
@@ -213,20 +213,20 @@ def _over_all(whole: dict[str, Any], layers: int) -> Iterator[Text]:
     if layers < 2:
         return
     entropy, imbalance = whole["normalized_entropy"], whole["imbalance"]
-    yield _line("")
-    yield _line(f"over all layers: {whole['rows']:,} rows, {whole['assignments']:,} assignments", "bold")
+    yield line("")
+    yield line(f"over all layers: {whole['rows']:,} rows, {whole['assignments']:,} assignments", "bold")
     if entropy["mean"] is not None:
         lowest = f"lowest {entropy['min']:.4f} (layer {entropy['min_layer']})"
-        yield _line(f"  normalised entropy   mean {entropy['mean']:.4f}, {lowest}")
+        yield line(f"  normalised entropy   mean {entropy['mean']:.4f}, {lowest}")
     if imbalance["mean"] is not None:
         highest = f"highest {imbalance['max']:.2f} (layer {imbalance['max_layer']})"
-        yield _line(f"  max/mean             mean {imbalance['mean']:.2f}, {highest}")
-    yield _line(f"  dead experts         {whole['dead_experts']:,} of {whole['experts']:,}")
+        yield line(f"  max/mean             mean {imbalance['mean']:.2f}, {highest}")
+    yield line(f"  dead experts         {whole['dead_experts']:,} of {whole['experts']:,}")
     if whole["invalid"]:
-        yield _line(f"  invalid ids          {whole['invalid']:,}", "yellow")
+        yield line(f"  invalid ids          {whole['invalid']:,}", "yellow")
     top = ", ".join(f"{entry['expert']} ({_percent(entry['share'])})" for entry in whole["top"])
     if top:
-        yield _line(f"  top by expert id     {top}; added up over the layers")
+        yield line(f"  top by expert id     {top}; added up over the layers")
 
 
 def _rows(of: Mapping[str, Any]) -> str:
@@ -260,44 +260,44 @@ def _kinds(of: Mapping[str, Any]) -> str:
 def losses_and_coverage(of: Mapping[str, Any]) -> Iterator[Text]:
     """How whole a trace is, from the object of `moe_trace.summary`: lines of a label in ten letters and a text."""
     if of["kinds"]:
-        yield _line(f"tokens    {_kinds(of)}")
+        yield line(f"tokens    {_kinds(of)}")
     if of["executed_rows"] > of["stored_rows"]:
-        yield _line(f"rows      {_rows(of)}")
+        yield line(f"rows      {_rows(of)}")
     if of["paused"]["steps"]:
         what = ", ".join(count(of["paused"][key], key[:-1]) for key in ("steps", "rows"))
-        yield _line(f"paused    {what} not recorded, on request", "yellow")
+        yield line(f"paused    {what} not recorded, on request", "yellow")
     lost = [loss for loss in of["losses"] if loss["steps"] or loss["layers"] or loss["rows"]]
     if not lost:
-        yield _line("losses    none", "green")
+        yield line("losses    none", "green")
     for loss in lost:
         what = ", ".join(count(loss[key], key[:-1]) for key in ("steps", "layers", "rows") if loss[key])
-        yield _line(f"lost      {what}: {loss['cause']}", "red")
+        yield line(f"lost      {what}: {loss['cause']}", "red")
     if of["deleted_segments"]:
         oldest = "segment" if of["deleted_segments"] == 1 else f"{of['deleted_segments']:,} segments"
-        yield _line(f"deleted   the oldest {oldest} (kept within max_bytes)", "yellow")
+        yield line(f"deleted   the oldest {oldest} (kept within max_bytes)", "yellow")
     coverage = of["coverage"]
     recorded = len(coverage["exact"]) + len(coverage["derived"])
     expected = recorded + len(coverage["missed"]) + len(coverage["skipped"])
     colour = "red" if coverage["missed"] or not recorded else "green"
     if of["first_time"]:
-        yield _line(f"coverage  {recorded} of {count(expected, 'MoE layer')} recorded", colour)
+        yield line(f"coverage  {recorded} of {count(expected, 'MoE layer')} recorded", colour)
     elif expected:
-        yield _line(f"coverage  {recorded} of {count(expected, 'MoE layer')} bound, no rows", colour)
+        yield line(f"coverage  {recorded} of {count(expected, 'MoE layer')} bound, no rows", colour)
     else:  # a recorder writes its ledger with the first step
-        yield _line("coverage  not known" + (" yet" if of["state"] == "live" else ""), "yellow")
+        yield line("coverage  not known" + (" yet" if of["state"] == "live" else ""), "yellow")
     for status, colour in (("missed", "red"), ("derived", "yellow"), ("skipped", "")):
         entries = sorted(coverage[status], key=lambda entry: entry["detail"] or "")
         for detail, group in groupby(entries, key=lambda entry: entry["detail"] or ""):
             layers = ranges(entry["layer"] for entry in group)
-            yield _line(f"{status:<8}  layer {layers}" + (f": {detail}" if detail else ""), colour)
+            yield line(f"{status:<8}  layer {layers}" + (f": {detail}" if detail else ""), colour)
     for text in of["left_out"]:
-        yield _line(f"left out  {text}")
+        yield line(f"left out  {text}")
     if not of["problems"]:
-        yield _line("problems  none", "green")
+        yield line("problems  none", "green")
     for problem in of["problems"]:
-        yield _line(f"problem   {problem}", "red")
+        yield line(f"problem   {problem}", "red")
     if of["state"] == "live":
-        yield _line(f"live      {LAG}")
+        yield line(f"live      {LAG}")
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -311,7 +311,7 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
 
 
-def _hang(out: Console, text: Text, indent: int) -> None:
+def hang(out: Console, text: Text, indent: int) -> None:
     """Print a line. Where it does not fit a terminal, it goes on below its own text, not below the label before it."""
     if text.cell_len <= out.width or indent >= out.width // 2:
         out.print(text)
@@ -322,7 +322,7 @@ def _hang(out: Console, text: Text, indent: int) -> None:
         label = Text(" " * indent)
 
 
-def _line(text: str, style: str = "") -> Text:
+def line(text: str, style: str = "") -> Text:
     return Text(_clean(text), style=style)
 
 

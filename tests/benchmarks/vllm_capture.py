@@ -26,8 +26,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=16, help="generated, of each")
-    parser.add_argument("--turns", type=int, default=25)
-    parser.add_argument("--hidden", type=int, default=512, help="size of the model")
+    parser.add_argument("--turns", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=128, help="size of the model")
     parser.add_argument("--fields", default="ids,weights,logits")
     arguments = parser.parse_args()
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}

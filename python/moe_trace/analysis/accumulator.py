@@ -26,7 +26,8 @@ class Accumulator(abc.ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it reads of a `Part`: some of `ids`, `weights`, `logits`, `requests`, `steps`, `times`."""
+        """What it reads of a `Part`: some of `ids`, `weights`, `logits`, `requests`, `steps`, `times`, `phases`,
+        `tokens`."""
         return frozenset(("ids",))
 
     @abc.abstractmethod

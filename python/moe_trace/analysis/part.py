@@ -34,6 +34,8 @@ class Part:
         wanted_layers: those of the selection; a layer may be absent from a part of a trace.
         steps: int64 `[rows]`, if `steps` were asked for.
         times: int64 `[rows]`, Unix nanoseconds of the start of the step, if `times` were asked for.
+        phases: int64 `[rows]`, index into `format.PHASES`, if `phases` were asked for.
+        tokens: int64 `[rows]`, token ids, -1 where unknown, if `tokens` were asked for.
         requests: who has rows here, if `requests` were asked for; and then
         request: int64 `[rows]`, index into `requests`, -1 for nobody's;
         positions: int64 `[rows]`, -1 where unknown;
@@ -64,6 +66,12 @@ class Part:
             self.steps: Ints = rows.step_numbers
         if "times" in needs:
             self.times: Ints = rows.times.astype(np.int64)
+        if "phases" in needs:
+            phases = rows.phases.astype(np.int64)
+            self.phases: Ints = np.where(phases < len(fmt.PHASES), phases, 0)
+        if "tokens" in needs:
+            known = rows.column(fmt.TOKENS, fmt.NO_LAYER) is not None
+            self.tokens: Ints = rows.tokens if known else np.full(rows.rows, -1)
         if "requests" in needs:
             self.request, self.requests = names.of(rows)
             self.positions: Ints = rows.positions

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from moe_trace.cli import ctl, doctor, export, info, load, plot, recover, report, summary
+from moe_trace.cli import compare, ctl, doctor, export, info, load, plot, recover, report, summary
 from moe_trace.cli.common import FAILED, LOSSY, USAGE, WHOLE, Parser, UsageError, fail
 
 __all__ = ["FAILED", "LOSSY", "USAGE", "WHOLE", "main"]
@@ -26,7 +26,7 @@ __all__ = ["FAILED", "LOSSY", "USAGE", "WHOLE", "main"]
 INTERRUPTED, BROKEN_PIPE = 130, 141  # what a shell says of a program that SIGINT or SIGPIPE ended
 
 # In the order in which the help lists them.
-_COMMANDS = (summary, info, plot, report, export, load, recover, ctl, doctor)
+_COMMANDS = (summary, info, plot, report, compare, export, load, recover, ctl, doctor)
 
 _EXAMPLES = """
 examples:

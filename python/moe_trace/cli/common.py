@@ -77,6 +77,18 @@ def add_json(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def add_jobs(parser: Parser) -> None:
+    parser.add_argument(
+        "--jobs", type=_jobs, default=0, metavar="N", help="processes that share the work (0: one for each core)"
+    )
+
+
+def _jobs(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes: write 4, or 0 for one for each core")
+    return int(text)
+
+
 def add_selection(parser: Parser) -> None:
     """The options that `select` applies."""
     parser.add_argument("--layer", type=_layers, action=_AddLayers, metavar="N", help="only these layers: 12, or 0,4-7")

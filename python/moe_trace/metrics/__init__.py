@@ -17,7 +17,13 @@ from __future__ import annotations
 
 from moe_trace.metrics.arrays import valid
 from moe_trace.metrics.choices import by_rank, first_choice, overlap
-from moe_trace.metrics.differences import flip_rate, flipped_tokens, js_divergence
+from moe_trace.metrics.differences import (
+    flip_rate,
+    flipped_tokens,
+    js_divergence,
+    total_variation,
+    total_variation_by_chance,
+)
 from moe_trace.metrics.load import (
     balancedness,
     cv,
@@ -34,8 +40,11 @@ from moe_trace.metrics.load import (
 from moe_trace.metrics.pairs import (
     adjacent_counts,
     coactivation,
+    coactivation_by_chance,
     coactivation_counts,
+    lift,
     mutual_information,
+    pair_factors,
     transition,
     transition_counts,
 )
@@ -51,16 +60,18 @@ from moe_trace.metrics.tokens import (
     specialization,
     vocabulary_specialization,
 )
-from moe_trace.metrics.uncertainty import Interval, PermutationTest, bootstrap_ratio, permutation_test
+from moe_trace.metrics.uncertainty import Interval, PermutationTest, bootstrap, bootstrap_ratio, permutation_test
 
 __all__ = [
     "Interval",
     "PermutationTest",
     "adjacent_counts",
     "balancedness",
+    "bootstrap",
     "bootstrap_ratio",
     "by_rank",
     "coactivation",
+    "coactivation_by_chance",
     "coactivation_counts",
     "confidence",
     "counts_by_group",
@@ -77,11 +88,13 @@ __all__ = [
     "gini",
     "imbalance",
     "js_divergence",
+    "lift",
     "margin",
     "max_violation",
     "mutual_information",
     "normalized_entropy",
     "overlap",
+    "pair_factors",
     "permutation_test",
     "repetition",
     "repetition_by_chance",
@@ -91,6 +104,8 @@ __all__ = [
     "softmax",
     "specialization",
     "top",
+    "total_variation",
+    "total_variation_by_chance",
     "transition",
     "transition_counts",
     "valid",

@@ -130,3 +130,40 @@ def _for_leading_axes(rows: Ints, count: Callable[[Ints], Ints], shape: tuple[in
     for at in np.ndindex(leading):
         found[at] = count(rows[at])
     return found
+
+
+def coactivation_by_chance(counts: npt.ArrayLike) -> Floats:
+    """How often two experts would be chosen together by chance, given how often each is chosen at all.
+
+    counts: `[experts, experts]` as from `coactivation_counts`. Returns float64 of that shape, zeros on the diagonal:
+    a_i a_j of the `pair_factors`, the table of that form that has the same sums of rows as the counts. A row never
+    chooses an expert twice, so that this, and not N_i N_j / N, is independence here (quasi-independence: Goodman, JASA
+    63, 1968).
+    """
+    a = pair_factors(counts)
+    table = np.outer(a, a)
+    np.fill_diagonal(table, 0)
+    return np.asarray(table, np.float64)
+
+
+def pair_factors(counts: npt.ArrayLike) -> Floats:
+    """The a_i of `coactivation_by_chance`, float64 `[experts]`, by iterative proportional fitting."""
+    seen = np.array(counts, dtype=np.float64)
+    np.fill_diagonal(seen, 0)
+    sums = seen.sum(axis=1)
+    a = np.sqrt(sums)
+    for _ in range(1000):
+        rest = a.sum() - a
+        fitted = np.divide(sums, rest, out=np.zeros_like(a), where=rest > 0)
+        new = np.sqrt(a * fitted)  # halfway on a logarithmic scale: the plain step swings to and fro
+        done = np.allclose(new, a, rtol=1e-12, atol=0)
+        a = new
+        if done:
+            break
+    return np.asarray(a)
+
+
+def lift(counts: npt.ArrayLike, expected: npt.ArrayLike) -> Floats:
+    """counts / expected, NaN where nothing is expected."""
+    seen, by_chance = np.asarray(counts, np.float64), np.asarray(expected, np.float64)
+    return np.asarray(np.divide(seen, by_chance, out=np.full(seen.shape, np.nan), where=by_chance > 0))

@@ -1,4 +1,4 @@
-"""What pictures and the report show beyond the counts of a selection: windows of time, pairs of experts, distances."""
+"""What pictures and the report count beyond the counts of a selection: windows of time, and pairs of experts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace import metrics
 from moe_trace.joined import groups
 from moe_trace.plots.style import Floats
 
@@ -77,60 +76,3 @@ def pairs(selection: Selection, layer: int, experts: int) -> tuple[Ints, list[st
     if trace.executed_rows > trace.stored_rows:
         notes = notes[:-1]  # the last one says that not all rows are stored, as every summary does
     return np.pad(found, (0, experts - len(found))), notes
-
-
-def expected_pairs(counts: npt.ArrayLike) -> Floats:
-    """How often two experts would be chosen together by chance, given how often each is chosen at all.
-
-    counts: `[experts, experts]` as from `pairs`. Returns float64 of that shape, zeros on the diagonal: a_i a_j of the
-    `factors`, the table of that form that has the same sums of rows as the counts. A row never chooses an expert twice,
-    so that this, and not N_i N_j / N, is independence here (quasi-independence: Goodman, JASA 63, 1968).
-    """
-    a = factors(counts)
-    table = np.outer(a, a)
-    np.fill_diagonal(table, 0)
-    return np.asarray(table, np.float64)
-
-
-def factors(counts: npt.ArrayLike) -> Floats:
-    """The a_i of `expected_pairs`, float64 `[experts]`, by iterative proportional fitting."""
-    seen = np.array(counts, dtype=np.float64)
-    np.fill_diagonal(seen, 0)
-    sums = seen.sum(axis=1)
-    a = np.sqrt(sums)
-    for _ in range(1000):
-        rest = a.sum() - a
-        fitted = np.divide(sums, rest, out=np.zeros_like(a), where=rest > 0)
-        new = np.sqrt(a * fitted)  # halfway on a logarithmic scale: the plain step swings to and fro
-        done = np.allclose(new, a, rtol=1e-12, atol=0)
-        a = new
-        if done:
-            break
-    return np.asarray(a)
-
-
-def lift(counts: npt.ArrayLike, expected: npt.ArrayLike) -> Floats:
-    """counts / expected, NaN where nothing is expected."""
-    seen, by_chance = np.asarray(counts, np.float64), np.asarray(expected, np.float64)
-    return np.asarray(np.divide(seen, by_chance, out=np.full(seen.shape, np.nan), where=by_chance > 0))
-
-
-def total_variation(first: npt.ArrayLike, second: npt.ArrayLike) -> Floats:
-    """Half the sum of |p_e - q_e| on counts `[..., experts]`: the share of the assignments that one set gives to other
-    experts than the other does. float64 `[...]`, 0 to 1, NaN where a set has no assignments.
-    """
-    return np.asarray(np.abs(metrics.shares(first) - metrics.shares(second)).sum(axis=-1) / 2)
-
-
-def chance_distance(first: npt.ArrayLike, second: npt.ArrayLike) -> Floats:
-    """What `total_variation` is expected to be of two sets with as many assignments if both were drawn independently
-    from the shares of the two together: sum of sqrt(p(1-p)(1/n + 1/m)) / sqrt(2 pi), by the normal approximation.
-
-    Tokens of one text resemble each other, so real sets without a systematic difference differ by more than this.
-    """
-    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    p = metrics.shares(a + b)
-    with np.errstate(divide="ignore"):
-        noise = 1 / a.sum(axis=-1) + 1 / b.sum(axis=-1)
-    value = np.sqrt(p * (1 - p)).sum(axis=-1) * np.sqrt(noise / (2 * np.pi))
-    return np.asarray(np.where(np.isfinite(noise), value, np.nan))

@@ -184,8 +184,8 @@ def _coactivation(asked: _Asked) -> Figure:
     if not asked.of["stored_rows"]:
         raise TraceError(f"{asked.of['path']} has counts only, and pairs of experts are counted from rows")
     seen, notes = counted.pairs(asked.selection, layer["layer"], len(counts))
-    expected = counted.expected_pairs(seen)
-    lift = counted.lift(seen, expected)
+    expected = metrics.coactivation_by_chance(seen)
+    lift = metrics.lift(seen, expected)
     if not seen.any():
         raise ValueError(f"there is nothing to draw: no rows of layer {layer['layer']}. {' '.join(notes)}")
     if not expected.any():
@@ -239,8 +239,8 @@ def _groups(asked: _Asked, groups: Mapping[str, Selection], what: str) -> Figure
     figure = style.new_figure(experts, height=4.2 + height)
     above, below = figure.subplots(2, 1, height_ratios=[2.4, height])
     for name in names[1:] if len(groups) > 2 else [second]:
-        far = _each(counted.total_variation, sides[first], sides[name])
-        chance = _each(counted.chance_distance, sides[first], sides[name])
+        far = _each(metrics.total_variation, sides[first], sides[name])
+        chance = _each(metrics.total_variation_by_chance, sides[first], sides[name])
         distance(above, shared, far, chance, label=f"{first}, {name}" if len(groups) > 2 else "")
     above.set_xlabel("layer")
     ratio(below, shared, sides[first], sides[second], (first, second))
@@ -299,7 +299,12 @@ def _compare(asked: _Asked) -> Figure:
         raise ValueError("the two traces have no layer in common with as many experts: there is nothing to compare")
     middle, below = figure.add_subplot(grid[1, :]), figure.add_subplot(grid[2, :])
     first, last = [a for a, _ in pairs], [b for _, b in pairs]
-    distance(middle, shared, _each(counted.total_variation, first, last), _each(counted.chance_distance, first, last))
+    distance(
+        middle,
+        shared,
+        _each(metrics.total_variation, first, last),
+        _each(metrics.total_variation_by_chance, first, last),
+    )
     middle.set_xlabel("layer")
     ratio(below, shared, first, last, names)
     figure.suptitle(f"{asked.model} · two traces", x=0.01, ha="left", fontsize=13, fontweight="bold")

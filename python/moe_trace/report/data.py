@@ -110,8 +110,8 @@ def _phases(data: Data, selection: Selection, numbers: list[int], stored: bool) 
         return
     data.phases = {
         "rows": rows,
-        "distance": [float(counted.total_variation(prefill[i], decode[i])) for i in rows],
-        "chance": [float(counted.chance_distance(prefill[i], decode[i])) for i in rows],
+        "distance": [float(metrics.total_variation(prefill[i], decode[i])) for i in rows],
+        "chance": [float(metrics.total_variation_by_chance(prefill[i], decode[i])) for i in rows],
     }
     if stored:
         experts = {numbers[i]: len(data.counts[i]) for i in rows}
@@ -159,14 +159,14 @@ def _pairs(data: Data, selection: Selection, stored: bool) -> None:
         return
     seen, notes = counted.pairs(selection, layer, experts)
     data.damage += notes
-    expected = counted.expected_pairs(seen)
+    expected = metrics.coactivation_by_chance(seen)
     if not seen.any():
         data.why["pairs"] = f"There are no rows of layer {layer} to count pairs from."
         return
     if not expected.any():
         data.why["pairs"] = f"Layer {layer} chooses one expert a token, so there are no pairs."
         return
-    lift = counted.lift(seen, expected)
+    lift = metrics.lift(seen, expected)
     credible = pairs.credible(lift, seen, expected)
     strongest = pairs.strongest(credible, seen, expected, STRONGEST)
     upper = np.triu_indices(experts, 1)
@@ -177,7 +177,7 @@ def _pairs(data: Data, selection: Selection, stored: bool) -> None:
         "most": style.end_of_scale(credible),
         "upper": seen[upper].tolist(),
         "chosen": np.diagonal(seen).tolist(),
-        "factors": [float(f"{factor:.9g}") for factor in counted.factors(seen)],
+        "factors": [float(f"{factor:.9g}") for factor in metrics.pair_factors(seen)],
         "strongest": strongest,
         "looked_at": int(np.isfinite(credible[upper]).sum()),
         "said": [{"a": a, "b": b, "tokens": int(seen[a, b]), "lift": float(lift[a, b])} for a, b in strongest[:1]],

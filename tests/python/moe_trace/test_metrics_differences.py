@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import stats
 
 from moe_trace import metrics
 
@@ -63,3 +64,34 @@ def test_divergence_of_what_is_known():
     assert metrics.js_divergence([[1, 0], [1, 1]], [1, 1])[1] == 0  # windows against one
     with pytest.raises(ValueError, match="same experts"):
         metrics.js_divergence([1, 2], [1, 2, 3])
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 50), min_size=2, max_size=8), st.integers(0, 1000))
+def test_total_variation_is_a_distance(first, seed):
+    second = np.random.default_rng(seed).permutation(first)
+    first = np.array(first)
+    found = float(metrics.total_variation(first, second))
+    if not first.any():
+        assert np.isnan(found)
+        return
+    p, q = first / first.sum(), second / second.sum()
+    subsets = [sum(p[i] - q[i] for i in range(len(p)) if mask >> i & 1) for mask in range(1 << len(p))]
+    assert found == pytest.approx(max(subsets), abs=1e-12)  # its other definition: the largest difference of any event
+    assert found == pytest.approx(float(metrics.total_variation(second, first)))
+
+
+def test_total_variation_of_nothing_in_common():
+    assert metrics.total_variation([3, 0, 0], [0, 1, 5]) == 1
+    assert np.isnan(metrics.total_variation([0, 0], [1, 2]))
+
+
+def test_chance_distance_is_what_independent_draws_show():
+    random = np.random.default_rng(0)
+    p = random.dirichlet(np.full(40, 2.0))
+    drawn = [(stats.multinomial.rvs(900, p, random_state=random), stats.multinomial.rvs(400, p, random_state=random))
+             for _ in range(300)]  # fmt: skip
+    seen = np.mean([metrics.total_variation(a, b) for a, b in drawn])
+    expected = np.mean([metrics.total_variation_by_chance(a, b) for a, b in drawn])
+    assert expected == pytest.approx(seen, rel=0.05)
+    assert np.isnan(metrics.total_variation_by_chance([0, 0], [1, 2]))

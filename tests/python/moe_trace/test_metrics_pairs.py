@@ -158,3 +158,40 @@ def test_the_mark_of_an_invalid_id_is_of_its_dtype():
         arrays.legal(np.array([255], np.uint16), 60)
     with pytest.raises(ValueError, match="same tokens"):
         metrics.transition_counts([[0]], [[0], [1]], 3)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 20), st.integers(2, 4))
+def test_expected_pairs_have_the_sums_and_the_form_of_independence(seed, experts, k):
+    k = min(k, experts - 1)
+    random = np.random.default_rng(seed)
+    favour = random.uniform(0.5, 2, experts)
+    ids = np.argsort(-favour - random.gumbel(size=(300, experts)), axis=1)[:, :k]
+    seen = np.zeros((experts, experts))
+    for i in range(k):
+        for j in range(k):
+            np.add.at(seen, (ids[:, i], ids[:, j]), 1)
+    expected = metrics.coactivation_by_chance(seen)
+    off = seen - np.diag(np.diag(seen))
+    np.testing.assert_allclose(expected.sum(axis=0), off.sum(axis=0), rtol=1e-4, atol=1e-4)
+    a = metrics.pair_factors(seen)
+    assert (np.diag(expected) == 0).all() and np.allclose(expected, np.outer(a, a) * (1 - np.eye(experts)))
+    order = random.permutation(experts)
+    shuffled = metrics.coactivation_by_chance(seen[np.ix_(order, order)])
+    np.testing.assert_allclose(shuffled, expected[np.ix_(order, order)], rtol=1e-5, atol=1e-6)
+
+
+def test_a_uniform_router_chooses_pairs_as_often_as_expected():
+    """N_i N_j / N would be wrong here: a token never chooses an expert twice."""
+    ids = np.array(list(combinations(range(6), 2)))  # each pair once
+    seen = np.zeros((6, 6))
+    np.add.at(seen, (ids[:, 0], ids[:, 1]), 1)
+    seen += seen.T + np.diag(np.full(6, 5))
+    lift = metrics.lift(seen, metrics.coactivation_by_chance(seen))
+    np.testing.assert_allclose(lift[~np.eye(6, dtype=bool)], 1, rtol=1e-6)
+    assert np.isnan(np.diag(lift)).all()
+
+
+def test_experts_that_nobody_chooses_have_no_lift():
+    lift = metrics.lift(np.zeros((3, 3)), metrics.coactivation_by_chance(np.zeros((3, 3))))
+    assert np.isnan(lift).all()

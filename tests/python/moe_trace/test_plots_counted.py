@@ -1,4 +1,4 @@
-"""Windows, pairs and distances against brute force, scipy and closed forms."""
+"""Windows and pairs against brute force."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import numpy as np
 import pytest
 import segment_bytes as sb
 import skewed
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy import stats
 
 import moe_trace
 from moe_trace.plots import counted
@@ -81,74 +78,6 @@ def test_invalid_ids_are_in_no_pair(tmp_path):
     sb.write_rank(tmp_path / "run-1" / "rank-0", [sb.segment([sb.rows_block([step])], metadata)])
     found, _ = counted.pairs(moe_trace.open(tmp_path), 0, 4)
     assert found.tolist() == [[2, 2, 1, 0], [2, 2, 1, 0], [1, 1, 2, 0], [0, 0, 0, 0]]
-
-
-@settings(deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(2, 20), st.integers(2, 4))
-def test_expected_pairs_have_the_sums_and_the_form_of_independence(seed, experts, k):
-    k = min(k, experts - 1)
-    random = np.random.default_rng(seed)
-    favour = random.uniform(0.5, 2, experts)
-    ids = np.argsort(-favour - random.gumbel(size=(300, experts)), axis=1)[:, :k]
-    seen = np.zeros((experts, experts))
-    for i in range(k):
-        for j in range(k):
-            np.add.at(seen, (ids[:, i], ids[:, j]), 1)
-    expected = counted.expected_pairs(seen)
-    off = seen - np.diag(np.diag(seen))
-    np.testing.assert_allclose(expected.sum(axis=0), off.sum(axis=0), rtol=1e-4, atol=1e-4)
-    a = counted.factors(seen)
-    assert (np.diag(expected) == 0).all() and np.allclose(expected, np.outer(a, a) * (1 - np.eye(experts)))
-    order = random.permutation(experts)
-    shuffled = counted.expected_pairs(seen[np.ix_(order, order)])
-    np.testing.assert_allclose(shuffled, expected[np.ix_(order, order)], rtol=1e-5, atol=1e-6)
-
-
-def test_a_uniform_router_chooses_pairs_as_often_as_expected():
-    """N_i N_j / N would be wrong here: a token never chooses an expert twice."""
-    ids = np.array(list(combinations(range(6), 2)))  # each pair once
-    seen = np.zeros((6, 6))
-    np.add.at(seen, (ids[:, 0], ids[:, 1]), 1)
-    seen += seen.T + np.diag(np.full(6, 5))
-    lift = counted.lift(seen, counted.expected_pairs(seen))
-    np.testing.assert_allclose(lift[~np.eye(6, dtype=bool)], 1, rtol=1e-6)
-    assert np.isnan(np.diag(lift)).all()
-
-
-def test_experts_that_nobody_chooses_have_no_lift():
-    lift = counted.lift(np.zeros((3, 3)), counted.expected_pairs(np.zeros((3, 3))))
-    assert np.isnan(lift).all()
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 50), min_size=2, max_size=8), st.integers(0, 1000))
-def test_total_variation_is_a_distance(first, seed):
-    second = np.random.default_rng(seed).permutation(first)
-    first = np.array(first)
-    found = float(counted.total_variation(first, second))
-    if not first.any():
-        assert np.isnan(found)
-        return
-    p, q = first / first.sum(), second / second.sum()
-    subsets = [sum(p[i] - q[i] for i in range(len(p)) if mask >> i & 1) for mask in range(1 << len(p))]
-    assert found == pytest.approx(max(subsets), abs=1e-12)  # its other definition: the largest difference of any event
-    assert found == pytest.approx(float(counted.total_variation(second, first)))
-
-
-def test_total_variation_of_nothing_in_common():
-    assert counted.total_variation([3, 0, 0], [0, 1, 5]) == 1
-    assert np.isnan(counted.total_variation([0, 0], [1, 2]))
-
-
-def test_chance_distance_is_what_independent_draws_show():
-    random = np.random.default_rng(0)
-    p = random.dirichlet(np.full(40, 2.0))
-    drawn = [(stats.multinomial.rvs(900, p, random_state=random), stats.multinomial.rvs(400, p, random_state=random))
-             for _ in range(300)]  # fmt: skip
-    seen = np.mean([counted.total_variation(a, b) for a, b in drawn])
-    expected = np.mean([counted.chance_distance(a, b) for a, b in drawn])
-    assert expected == pytest.approx(seen, rel=0.05)
-    assert np.isnan(counted.chance_distance([0, 0], [1, 2]))
 
 
 def test_pairs_of_a_sample_say_nothing_of_what_is_not_stored(tmp_path):

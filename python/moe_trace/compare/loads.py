@@ -1,0 +1,149 @@
+"""How differently two traces use the experts of a layer, with intervals."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+
+from moe_trace import metrics
+from moe_trace.analysis import Accumulator, Part
+from moe_trace.analysis.accumulator import add_to
+from moe_trace.metrics.arrays import Floats, Ints
+from moe_trace.units import count
+
+GROUPS = 256  # of requests, at most: what is drawn as one, so that memory does not grow with the number of requests
+FEW = 20  # groups, below which percentiles are too narrow
+TOP = 3
+SHUFFLES = 999
+
+
+def group_of(name: str) -> int:
+    """The group of a request: by its name alone, so that it is the same in both traces and in each process."""
+    return zlib.crc32(name.encode("utf-8", "surrogatepass")) % GROUPS
+
+
+@dataclass
+class Loads(Accumulator):
+    """How often each expert was chosen, by group of requests. Holds 2 KB for each expert of each layer.
+
+    Attributes:
+        counts: by layer, int64 `[GROUPS, experts]`.
+        rows: by layer, how many tokens.
+        width: the most choices of any row.
+        nobodys: tokens that belong to no request: in `rows`, and in no count.
+    """
+
+    counts: dict[int, Ints] = field(init=False, default_factory=dict)
+    rows: dict[int, int] = field(init=False, default_factory=dict)
+    width: int = field(init=False, default=0)
+    nobodys: int = field(init=False, default=0)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset(("ids", "requests"))
+
+    def add(self, part: Part) -> None:
+        groups = np.array([group_of(name) for _, _, name, _ in part.requests] + [-1], np.int64)[part.request]
+        self.nobodys += int((groups < 0).sum())
+        for layer in part.layers:
+            ids = part.ids(layer)
+            self.width = max(self.width, ids.shape[1])
+            self.rows[layer] = self.rows.get(layer, 0) + part.rows
+            add_to(self.counts, layer, metrics.counts_by_group(groups, ids, part.experts(layer), GROUPS))
+
+    def merge(self, later: Self) -> None:
+        self.nobodys += later.nobodys
+        self.width = max(self.width, later.width)
+        for layer, counts in later.counts.items():
+            self.rows[layer] = self.rows.get(layer, 0) + later.rows[layer]
+            add_to(self.counts, layer, counts)
+
+    def notes(self) -> list[str]:
+        """Which rows are in no figure."""
+        if not self.nobodys:
+            return []
+        return [f"{count(self.nobodys, 'row')} belong to no request, and are not compared"]
+
+
+def difference(a: Ints, b: Ints, *, paired: bool, resamples: int = 1000) -> dict[str, Any]:
+    """How two loads of a layer differ, b against a: counts `[groups, experts]` of each, to the keys `distance` to `top`
+    of a layer (`moe_trace.compare`).
+
+    paired: whether both are of the same requests, which are then drawn together.
+    """
+    experts = max(a.shape[1], b.shape[1])
+    a, b = (np.pad(of, [(0, 0), (0, experts - of.shape[1])]) for of in (a, b))
+    both = (a.any(axis=1) & b.any(axis=1)) if paired else None
+    sets = (a[both], b[both]) if both is not None else (a[a.any(axis=1)], b[b.any(axis=1)])
+    found = metrics.bootstrap(_figures, *sets, paired=paired, resamples=resamples)
+    value, low, high = found.value, found.low, found.high
+    total = [of.sum(axis=0) for of in sets]
+    share = [metrics.shares(of) for of in total]
+    return {
+        "groups": min(map(len, sets)),
+        "distance": _distance(*sets, paired),
+        "normalized_entropy": {**_sides(metrics.normalized_entropy, total), **_interval(value, low, high, 0)},
+        "imbalance": {**_sides(metrics.imbalance, total), **_interval(value, low, high, 1)},
+        "changed_experts": int(((low[2:] > 0) | (high[2:] < 0)).sum()),
+        "top": [
+            {
+                "expert": int(e),
+                "a": number(share[0][e]),
+                "b": number(share[1][e]),
+                **_interval(value, low, high, 2 + int(e)),
+            }
+            for e in np.argsort(-np.abs(value[2:]), kind="stable")[:TOP]
+            if value[2 + e]
+        ],
+    }
+
+
+def _figures(a: Floats, b: Floats) -> Floats:
+    """What has an interval, counts `[..., E]` of each to `[..., 2 + E]`: the differences of normalised entropy and of
+    imbalance, and those of each expert's share."""
+    alone = [
+        metrics.normalized_entropy(b) - metrics.normalized_entropy(a),
+        metrics.imbalance(b) - metrics.imbalance(a),
+    ]
+    return np.concatenate([np.stack(alone, axis=-1), metrics.shares(b) - metrics.shares(a)], axis=-1)
+
+
+def _distance(a: Ints, b: Ints, paired: bool) -> dict[str, float | None]:
+    """The total variation distance of two loads `[groups, E]`, and what it is by chance.
+
+    A distance is never negative, and of two samples of one distribution it is not 0: an interval would say too much. So
+    it is held against what it is where nothing but chance tells the sides apart: the two sides of each group swapped at
+    random where they are of the same requests, and else the groups dealt out anew (Fisher's randomisation test).
+    """
+    value = float(metrics.total_variation(a.sum(axis=0), b.sum(axis=0)))
+    if min(len(a), len(b)) < 2 or np.isnan(value):
+        return {"difference": number(value), "chance": None, "p": None}
+    rng = np.random.default_rng(0)
+    if paired:
+        here = rng.integers(0, 2, (SHUFFLES, len(a))).astype(np.float64)
+        first, both = here @ a + (1 - here) @ b, a.sum(axis=0) + b.sum(axis=0)
+    else:
+        pool = np.concatenate([a, b])
+        here = rng.permuted(np.tile(np.arange(len(pool)) < len(a), (SHUFFLES, 1)), axis=1).astype(np.float64)
+        first, both = here @ pool, pool.sum(axis=0)
+    null = metrics.total_variation(first, both - first)
+    null = null[~np.isnan(null)]
+    least = value * (1 - 1e-12)  # sums in another order differ in their last bits
+    p = (1 + int((null >= least).sum())) / (1 + len(null))
+    return {"difference": value, "chance": number(null.mean()) if len(null) else None, "p": p}
+
+
+def _sides(metric: Any, total: list[Ints]) -> dict[str, float | None]:
+    return {side: number(metric(of)) for side, of in zip("ab", total, strict=True)}
+
+
+def _interval(value: Floats, low: Floats, high: Floats, at: int) -> dict[str, float | None]:
+    return {"difference": number(value[at]), "low": number(low[at]), "high": number(high[at])}
+
+
+def number(value: Any) -> float | None:
+    """As JSON has it: null for what has no value."""
+    return float(value) if np.isfinite(value) else None
