@@ -222,7 +222,7 @@ def _align(
         first, second = (1, 0) if "logits" in _fields(both[0]) and "logits" not in _fields(both[1]) else (0, 1)
         path = _room(directory / "ids", at[0].number * len(layers) * width * 2)
         store = Store(path, at[first], layers, width)
-        fill(both[first], store, jobs=jobs, progress=progress)
+        fill(both[first], store, progress=progress)  # in one process: of several rows of a position the last counts
         flips = Flips(path, at[second], layers, width, store.k, near)
         fill(both[second], flips, jobs=jobs, progress=progress)
     notes += [

@@ -91,7 +91,7 @@ def test_what_cannot_be_read_is_exit_code_1(trace, tmp_path):
 def test_version_and_help():
     assert ok("--version").startswith("moe-native 0.")
     text = ok("--help")
-    for command in ("summary", "info", "plot", "export", "import", "recover", "ctl", "doctor"):
+    for command in ("summary", "info", "plot", "report", "compare", "export", "import", "recover", "ctl", "doctor"):
         assert command in text and command in COMMANDS
         assert ok(command, "--help").startswith(f"usage: moe-native {command}")
 
@@ -120,7 +120,8 @@ def test_help_ends_with_an_example_that_works(tmp_path, monkeypatch, capsys, com
     *_, heading, last = text.splitlines()
     (arguments,) = examples_of(text)
     assert heading == "example:" and last.startswith(f"  moe-native {command} ") and arguments[0] == command
-    write(tmp_path / "trace", **layers_of_the_examples())
+    for name in ("trace", "before", "after"):
+        write(tmp_path / name, **layers_of_the_examples())
     (tmp_path / "moe_routes.jsonl").write_text('{"type": "route", "layer": 0, "topk_ids": [59, 7]}')
     done = run(*arguments, cwd=tmp_path)
     assert "Traceback" not in done.stderr

@@ -103,3 +103,55 @@ def test_a_statistic_of_several_figures_and_of_labels_that_all_agree():
             metrics.permutation_test(counts, bad)
     with pytest.raises(ValueError, match="shuffles"):
         metrics.permutation_test(counts, labels, shuffles=0)
+
+
+def test_an_interval_of_any_statistic_is_scipys():
+    """Two sets of different requests: the difference of their imbalance."""
+    stats = pytest.importorskip("scipy.stats", reason="scipy gives the numbers to compare with")
+    rng = np.random.default_rng(0)
+    a, b = rng.poisson(np.arange(1, 5), (50, 4)), rng.poisson(np.arange(2, 6), (70, 4))
+
+    def statistic(x, y):
+        return metrics.imbalance(y) - metrics.imbalance(x)
+
+    def of_requests(x, y, axis):
+        return statistic(a[x].sum(axis=-2), b[y].sum(axis=-2))
+
+    found = metrics.bootstrap(statistic, a, b, resamples=20_000)
+    theirs = stats.bootstrap(
+        (np.arange(50), np.arange(70)), of_requests, n_resamples=20_000, method="basic", vectorized=True,
+        random_state=np.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    width = theirs.high - theirs.low
+    assert found.value == statistic(a.sum(axis=0), b.sum(axis=0))
+    assert abs(found.low - theirs.low) < 0.05 * width and abs(found.high - theirs.high) < 0.05 * width
+
+
+def test_what_is_drawn_together_has_no_difference(monkeypatch):
+    counts = np.random.default_rng(0).poisson(5, (30, 6))
+
+    def difference(x, y):
+        return metrics.shares(y) - metrics.shares(x)
+
+    same = metrics.bootstrap(difference, counts, counts, paired=True)
+    assert (same.value == 0).all() and (same.low == 0).all() and (same.high == 0).all()
+    apart = metrics.bootstrap(difference, counts, counts)
+    assert apart.value.shape == (6,) and (apart.low < 0).all() and (apart.high > 0).all()
+    monkeypatch.setattr("moe_trace.metrics.uncertainty._CELLS_AT_ONCE", 6 * 30 * 7)
+    again = metrics.bootstrap(difference, counts, counts)  # a few draws at a time: other draws, of the same sets
+    np.testing.assert_allclose(again.high, apart.high, atol=0.3 * (apart.high - apart.low).max())
+    assert metrics.bootstrap(difference, counts, counts, seed=1).low[0] != apart.low[0]
+
+
+def test_what_has_no_interval_of_its_own():
+    alone = metrics.bootstrap(metrics.gini, [[1, 2, 3]])
+    assert alone.value == metrics.gini([1, 2, 3]) and np.isnan(alone.low) and np.isnan(alone.high)
+    some = metrics.bootstrap(metrics.imbalance, [[0, 0], [2, 1]])  # draws without any counts are left out
+    assert some.low == some.value == some.high == pytest.approx(4 / 3)
+    with pytest.raises(ValueError, match="level"):
+        metrics.bootstrap(metrics.gini, [[1, 2]], level=0)
+    for bad in ((), (3,)):
+        with pytest.raises(ValueError, match="counts of each request"):
+            metrics.bootstrap(metrics.gini, *bad)
+    with pytest.raises(ValueError, match="counts of each request"):
+        metrics.bootstrap(metrics.total_variation, [[1, 2]], [[1, 2], [3, 4]], paired=True)
