@@ -47,10 +47,6 @@ class Capture(Sequence[Sample]):
         ]
         if problems := _problems(found):  # of rows that no gap has shown
             raise CaptureError(f"the engine's workers could not keep all that was captured: {problems}")
-        if problems := _problems(found):  # of rows that no gap has shown
-            raise CaptureError(f"the engine's workers could not keep all that was captured: {problems}")
-        if problems := _problems(found):  # of rows that no gap has shown
-            raise CaptureError(f"the engine's workers could not keep all that was captured: {problems}")
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -166,16 +162,6 @@ def _sample(
         media=[(int(first), int(end), str(kind)) for first, end, kind in known["media"]],
         request_output=output,
     )
-
-
-def _problems(found: Sequence[Found]) -> str:
-    """What the workers have to say, each thing once."""
-    return "; ".join(dict.fromkeys(part.problem for part in found if part.problem))
-
-
-def _problems(found: Sequence[Found]) -> str:
-    """What the workers have to say, each thing once."""
-    return "; ".join(dict.fromkeys(part.problem for part in found if part.problem))
 
 
 def _problems(found: Sequence[Found]) -> str:

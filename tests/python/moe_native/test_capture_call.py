@@ -210,38 +210,6 @@ def test_a_problem_of_a_worker_is_an_error_also_where_no_gap_is_seen(
         moe_native.capture(llm, PROMPTS)
 
 
-@pytest.mark.parametrize(("problems", "said"), [(["", "lost"], "lost"), (["lost"] * 2, "lost"), (["a", "b"], "a; b")])
-def test_a_problem_of_a_worker_is_an_error_also_where_no_gap_is_seen(
-    monkeypatch: pytest.MonkeyPatch, problems: list[str], said: str
-) -> None:
-    llm = LLM(Worker((0, 1)), Worker((2,)))
-    for worker, problem in zip(llm.workers, problems, strict=True):
-        captures = worker.recorder.captures
-
-        def close(number: int, close: Any = captures.close, problem: str = problem) -> Closed:
-            return Closed(*close(number)[:2], problem)
-
-        monkeypatch.setattr(captures, "close", close)
-    with pytest.raises(moe_native.CaptureError, match=f"^the engine's workers could not keep all .*: {said}$"):
-        moe_native.capture(llm, PROMPTS)
-
-
-@pytest.mark.parametrize(("problems", "said"), [(["", "lost"], "lost"), (["lost"] * 2, "lost"), (["a", "b"], "a; b")])
-def test_a_problem_of_a_worker_is_an_error_also_where_no_gap_is_seen(
-    monkeypatch: pytest.MonkeyPatch, problems: list[str], said: str
-) -> None:
-    llm = LLM(Worker((0, 1)), Worker((2,)))
-    for worker, problem in zip(llm.workers, problems, strict=True):
-        captures = worker.recorder.captures
-
-        def close(number: int, close: Any = captures.close, problem: str = problem) -> Closed:
-            return Closed(*close(number)[:2], problem)
-
-        monkeypatch.setattr(captures, "close", close)
-    with pytest.raises(moe_native.CaptureError, match=f"^the engine's workers could not keep all .*: {said}$"):
-        moe_native.capture(llm, PROMPTS)
-
-
 def test_a_shard_without_a_field_is_no_tensor_of_anything() -> None:
     """Where one of the workers has not seen a router's logits, nothing stands for them."""
     llm = LLM(Worker(part=(0, 2)), Worker(part=(1, 2)))

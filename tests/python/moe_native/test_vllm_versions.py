@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from conftest import Engine
-from recorded import LAYERS, Recorded, Transformers, check_routing, check_rows, job
+from recorded import LAYERS, MAX_TOKENS, PROMPTS, Recorded, Transformers, check_routing, check_rows, job
+from test_vllm_capture import ENGINE, check, run
 
 pytestmark = pytest.mark.vllm
 
@@ -39,3 +40,22 @@ def test_the_layers_are_recorded_rightly_or_missed_with_a_reason(
         result = f"{compared} rows x layers as in transformers"
     with capsys.disabled():
         print(f"\n  vLLM {trace.metadata['versions']['vllm']}: {result}", end="")
+
+
+def test_prompts_are_captured_rightly_or_refused_with_the_reason(
+    engine: Engine, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Chunked, batched, and with a prefix cache; armed by the environment."""
+    build = {**ENGINE, "model": str(checkpoint), "max_num_batched_tokens": 48, "enable_prefix_caching": True}
+    ask = {"prompts": PROMPTS, "sampling": {"max_tokens": MAX_TOKENS}}
+    steps = [["build", build], ["generate", {"prompts": PROMPTS, "max_tokens": MAX_TOKENS}], ["capture", ask]]
+    _, before, samples = run(engine, steps, MOE_NATIVE_CAPTURE="1")
+    if isinstance(samples, dict):
+        kind, text = samples["error"]
+        assert kind == "CaptureError" and "layer" in text
+        result = f"refused: {text}"
+    else:
+        assert [sample["generated"] for sample in samples] == [request["generated"] for request in before]
+        result = f"{check(samples, Transformers(checkpoint))} rows as in transformers"
+    with capsys.disabled():
+        print(f"\n  captured: {result}", end="")
