@@ -67,7 +67,9 @@ def test_rows_that_are_for_captures_as_well_are_rows_like_any(tmp_path):
     assert moe_trace.open(crash.trace).complete
 
 
-@pytest.mark.parametrize("named", [set(), *({n} for n in COLUMNS), {"weights", "hidden"}, set(COLUMNS)], ids=str)
+@pytest.mark.parametrize(
+    "named", [set(), *({n} for n in COLUMNS), {"weights", "hidden"}, set(COLUMNS)], ids=lambda n: "+".join(sorted(n))
+)
 def test_columns(tmp_path, named):
     """They are not in the trace, and what lies behind them is where it was."""
     steps, notes = wide_steps([5, 7])
