@@ -251,6 +251,16 @@ class Joined(Rows):
                 return None
         return self._ordered(found)
 
+    def by_request(self, of: Callable[[Rank, npt.NDArray[Any]], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """What `of(rank, request numbers)` gives for rows of a rank, for all rows. A rank numbers its requests as it
+        pleases: a row has the number of the first stage of its pipeline.
+        """
+        found = []
+        for pipeline in self._pipelines:
+            assert pipeline._first is not None
+            found.append(of(pipeline._first, self._per_row(pipeline, "request_numbers")))
+        return self._ordered(found)
+
     @cached_property
     def flags(self) -> npt.NDArray[np.uint16]:
         """As of a batch."""

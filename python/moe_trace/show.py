@@ -197,12 +197,18 @@ def _layers(of: dict[str, Any]) -> Table:
     ids = len(str(max((entry["expert"] for layer in of["layers"] for entry in layer["top"]), default=0)))
     for layer in of["layers"]:
         cells = [str(layer["layer"]), f"{layer['rows']:,}"]
-        tops_of_layer = [f"{entry['expert']:>{ids}}  {_percent(entry['share'])}" for entry in layer["top"]]
+        tops_of_layer = [f"{entry['expert']:>{ids}}  {_share_of(entry)}" for entry in layer["top"]]
         cells += tops_of_layer + [NOTHING] * (tops - len(layer["top"]))
         cells += [_ratio(layer["normalized_entropy"], 4), _ratio(layer["imbalance"], 2)]
         cells.append(f"{layer['dead_experts']}/{layer['experts']}" if layer["rows"] else NOTHING)
         table.add_row(*cells, *(f"{layer[key]:,}" if key == "invalid" else layer[key] for key in odd))
     return table
+
+
+def _share_of(entry: Mapping[str, Any]) -> str:
+    """A share, with its interval where that was asked for."""
+    share = _percent(entry["share"])
+    return share if entry.get("low") is None else f"{share} [{100 * entry['low']:.2f}, {100 * entry['high']:.2f}]"
 
 
 def _odd(layer: dict[str, Any], key: str) -> bool:

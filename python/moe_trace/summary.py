@@ -27,8 +27,9 @@ The object (`"format": "moe-native summary"`, `"version": 1`; later versions may
 | `all` | over these layers; below |
 
 A layer: `layer`, `name`, `experts`, `top_k`, `status`; `rows` (tokens), `assignments` (the sum of the counts),
-`invalid` (ids that were no expert's), `top` (the most chosen: a list of `{"expert", "count", "share"}`), and, as
-`moe_trace.metrics` defines them, `normalized_entropy`, `effective_experts`, `imbalance` (max/mean) and `dead_experts`;
+`invalid` (ids that were no expert's), `top` (the most chosen: a list of `{"expert", "count", "share"}`, and of
+`add_intervals` `low` and `high`), and, as `moe_trace.metrics` defines them, `normalized_entropy`, `effective_experts`,
+`imbalance` (max/mean) and `dead_experts`;
 null where a ratio has no value, as in a layer without rows.
 
 `all`: sums over the layers of `rows`, `assignments`, `invalid`, `experts` and `dead_experts`; `top` of the counts added
@@ -40,7 +41,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,26 @@ def summarize(
         "all": of_all(layers, counts),
     }
     return whole, counts
+
+
+def add_intervals(
+    of: dict[str, Any], selection: Selection, jobs: int = 1, progress: Callable[[int], Any] | None = None
+) -> None:
+    """Adds `low` and `high` to each entry of `top` of the layers: the 95 % interval of its share over requests
+    (`metrics.bootstrap_ratio`), null with fewer than two; and to `warnings` what they are not of. Reads rows, as
+    `analysis.fill` does with `jobs` and `progress`.
+    """
+    from moe_trace.analysis import GroupCounts, fill  # which a summary without them does not need
+
+    found = GroupCounts()
+    of["warnings"] += [f"intervals: {note}" for note in fill(selection, found, jobs=jobs, progress=progress)]
+    for layer in of["layers"]:
+        groups = found.groups(layer["layer"])
+        groups = np.pad(groups, [(0, 0), (0, layer["experts"] - groups.shape[1])])
+        best = [entry["expert"] for entry in layer["top"]]
+        interval = metrics.bootstrap_ratio(groups[:, best], groups.sum(axis=1))
+        for entry, low, high in zip(layer["top"], interval.low, interval.high, strict=True):
+            entry |= {"low": _number(low), "high": _number(high)}
 
 
 def standing(trace: Trace) -> dict[str, Any]:

@@ -7,6 +7,7 @@
 | `Repetition` | a token's experts and those of the token before it |
 | `UsageOverTime` | counts by window of time |
 | `RequestCounts` | counts by request, for intervals and tests over requests |
+| `GroupCounts` | the same by group of requests, where there are many |
 | `DistinctExperts` | experts that a step needs, by its number of rows |
 | `RouterScores` | confidence, margin and entropy, from logits |
 
@@ -18,6 +19,7 @@ without reading rows.
 from __future__ import annotations
 
 from moe_trace.analysis.accumulator import Accumulator
+from moe_trace.analysis.groups import GroupCounts
 from moe_trace.analysis.load import DistinctExperts, RequestCounts, UsageOverTime
 from moe_trace.analysis.one_pass import fill
 from moe_trace.analysis.pairs import Coactivation, Transitions
@@ -29,6 +31,7 @@ __all__ = [
     "Accumulator",
     "Coactivation",
     "DistinctExperts",
+    "GroupCounts",
     "Part",
     "Repetition",
     "RequestCounts",

@@ -113,13 +113,7 @@ class Names:
         found: dict[Whose, int] = {}
         if isinstance(rows, Batch):
             return self._indices(rows.rank, rows.request_numbers, found), list(found)
-        # A rank numbers its requests as it pleases: a joined row has those of the first stage of its pipeline.
-        of_pipelines = []
-        for pipeline in rows._pipelines:
-            assert pipeline._first is not None
-            numbers = pipeline.stages[0].per_row("request_numbers")[pipeline.places[0]]
-            of_pipelines.append(self._indices(pipeline._first.name, numbers, found))
-        return rows._ordered(of_pipelines), list(found)
+        return rows.by_request(lambda rank, numbers: self._indices(rank.name, numbers, found)), list(found)
 
     def _indices(self, rank: str, numbers: npt.NDArray[Any], found: dict[Whose, int]) -> Ints:
         if rank not in self._known:

@@ -8,6 +8,7 @@ from moe_trace.cli.common import (
     Commands,
     UsageError,
     add_command,
+    add_jobs,
     add_selection,
     add_trace,
     asked,
@@ -22,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     """Draw a picture of a trace. Without --kind: how often each expert is chosen, of one layer, or of all (or several)
     layers with a map of each."""
     import moe_trace
-    from moe_trace import plots
+    from moe_trace import plots, show
 
     output = args.output or ("expert_hist.png" if args.kind == "histogram" else f"{args.kind}.png")
     try:
@@ -36,13 +37,17 @@ def run(args: argparse.Namespace) -> int:
     trace = open_trace(args)
     other = None if args.against is None else moe_trace.open(args.against)
     check_place(output)
-    figure = plots.of(
-        select(trace, args),
-        args.kind,
-        other=None if other is None else select(other, args),
-        request=args.request,
-        asked=asked(args),
-    )
+    with show.progress("reading", trace.stored_rows) as advance:
+        figure = plots.of(
+            select(trace, args),
+            args.kind,
+            other=None if other is None else select(other, args),
+            request=args.request,
+            asked=asked(args),
+            intervals=args.intervals,
+            jobs=args.jobs,
+            progress=advance,
+        )
     plots.save(figure, output)
     print(output)
     return verdict(trace) or (0 if other is None else verdict(other))
@@ -67,3 +72,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "-o", "--output", metavar="FILE", help="PNG, SVG or PDF (KIND.png; of the histogram expert_hist.png)"
     )
+    parser.add_argument(
+        "--intervals", action="store_true", help="of the histogram of one layer: how sure each share is, over requests"
+    )
+    add_jobs(parser)

@@ -7,6 +7,7 @@ import argparse
 from moe_trace.cli.common import (
     Commands,
     add_command,
+    add_jobs,
     add_json,
     add_selection,
     add_trace,
@@ -19,11 +20,16 @@ from moe_trace.cli.common import (
 
 
 def run(args: argparse.Namespace) -> int:
-    """Which experts each layer chose, how evenly, and what was lost. Reads block statistics, no rows."""
+    """Which experts each layer chose, how evenly, and what was lost. Reads block statistics, and rows only for
+    --intervals."""
     from moe_trace import show, summary
 
     trace = open_trace(args)
-    of, _ = summary.summarize(trace, select(trace, args), asked(args))
+    selection = select(trace, args)
+    of, _ = summary.summarize(trace, selection, asked(args))
+    if args.intervals:
+        with show.progress("reading", trace.stored_rows) as advance:
+            summary.add_intervals(of, selection, args.jobs, advance)
     if args.json:
         print_json(of)
     else:
@@ -41,4 +47,8 @@ def add(commands: Commands) -> None:
     )
     add_trace(parser)
     add_selection(parser)
+    parser.add_argument(
+        "--intervals", action="store_true", help="how sure the shares are: 95 %% intervals over requests, from rows"
+    )
+    add_jobs(parser)
     add_json(parser)

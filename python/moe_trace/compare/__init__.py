@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_trace import metrics
-from moe_trace.analysis import fill
+from moe_trace.analysis import GroupCounts, fill
 from moe_trace.batch import these
 from moe_trace.compare.aligned import (
     CHANGED,
@@ -57,7 +57,7 @@ from moe_trace.compare.aligned import (
     places,
     until_they_part,
 )
-from moe_trace.compare.loads import FEW, Loads, difference, number
+from moe_trace.compare.loads import FEW, difference, number
 from moe_trace.errors import TraceError
 from moe_trace.metrics.arrays import Ints
 from moe_trace.units import count
@@ -100,7 +100,7 @@ def compare(
     if not layers:
         raise TraceError(f"no layer is in both: {_has(a)}; {_has(b)}")
     both = tuple(side.layer(layers).current() for side in (a, b))
-    loads, extents = (Loads(), Loads()), (Extents(), Extents())
+    loads, extents = (GroupCounts(), GroupCounts()), (Extents(), Extents())
     notes: list[str] = []
     for name, side, load, extent in zip("ab", both, loads, extents, strict=True):
         said = fill(side, load, extent, jobs=jobs, progress=progress)
@@ -149,7 +149,7 @@ def _nothing(side: Selection) -> str:
     return f"there are no rows in this selection of {trace.path}"
 
 
-def _layer(layer: int, loads: tuple[Loads, Loads], paired: bool, flips: Flips | None) -> dict[str, Any]:
+def _layer(layer: int, loads: tuple[GroupCounts, GroupCounts], paired: bool, flips: Flips | None) -> dict[str, Any]:
     empty = np.zeros((0, 1), np.int64)
     a, b = (load.counts.get(layer, empty) for load in loads)
     return {

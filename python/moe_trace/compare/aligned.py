@@ -21,8 +21,8 @@ from moe_trace import format as fmt
 from moe_trace import metrics
 from moe_trace.analysis import Accumulator, Part, Whose
 from moe_trace.analysis.accumulator import add_to, with_room
+from moe_trace.analysis.groups import GROUPS, group_of
 from moe_trace.analysis.part import Slots
-from moe_trace.compare.loads import GROUPS, group_of
 from moe_trace.metrics.arrays import Ints
 
 PHASES = fmt.PHASES

@@ -2,70 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
-from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from moe_trace import metrics
-from moe_trace.analysis import Accumulator, Part
-from moe_trace.analysis.accumulator import add_to
 from moe_trace.metrics.arrays import Floats, Ints
-from moe_trace.units import count
 
-GROUPS = 256  # of requests, at most: what is drawn as one, so that memory does not grow with the number of requests
 FEW = 20  # groups, below which percentiles are too narrow
 TOP = 3
 SHUFFLES = 999
-
-
-def group_of(name: str) -> int:
-    """The group of a request: by its name alone, so that it is the same in both traces and in each process."""
-    return zlib.crc32(name.encode("utf-8", "surrogatepass")) % GROUPS
-
-
-@dataclass
-class Loads(Accumulator):
-    """How often each expert was chosen, by group of requests. Holds 2 KB for each expert of each layer.
-
-    Attributes:
-        counts: by layer, int64 `[GROUPS, experts]`.
-        rows: by layer, how many tokens.
-        width: the most choices of any row.
-        nobodys: tokens that belong to no request: in `rows`, and in no count.
-    """
-
-    counts: dict[int, Ints] = field(init=False, default_factory=dict)
-    rows: dict[int, int] = field(init=False, default_factory=dict)
-    width: int = field(init=False, default=0)
-    nobodys: int = field(init=False, default=0)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset(("ids", "requests"))
-
-    def add(self, part: Part) -> None:
-        groups = np.array([group_of(name) for _, _, name, _ in part.requests] + [-1], np.int64)[part.request]
-        self.nobodys += int((groups < 0).sum())
-        for layer in part.layers:
-            ids = part.ids(layer)
-            self.width = max(self.width, ids.shape[1])
-            self.rows[layer] = self.rows.get(layer, 0) + part.rows
-            add_to(self.counts, layer, metrics.counts_by_group(groups, ids, part.experts(layer), GROUPS))
-
-    def merge(self, later: Self) -> None:
-        self.nobodys += later.nobodys
-        self.width = max(self.width, later.width)
-        for layer, counts in later.counts.items():
-            self.rows[layer] = self.rows.get(layer, 0) + later.rows[layer]
-            add_to(self.counts, layer, counts)
-
-    def notes(self) -> list[str]:
-        """Which rows are in no figure."""
-        if not self.nobodys:
-            return []
-        return [f"{count(self.nobodys, 'row')} belong to no request, and are not compared"]
 
 
 def difference(a: Ints, b: Ints, *, paired: bool, resamples: int = 1000) -> dict[str, Any]:

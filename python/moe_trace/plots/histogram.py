@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace import metrics
+from moe_trace.metrics import Interval
 from moe_trace.plots import style
 from moe_trace.plots.style import Floats
 
@@ -18,14 +19,16 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 
-def expert_histogram(counts: npt.ArrayLike, *, title: str, note: str = "", marked: int = 3) -> Figure:
+def expert_histogram(
+    counts: npt.ArrayLike, *, title: str, note: str = "", marked: int = 3, interval: Interval | None = None
+) -> Figure:
     """The expert usage histogram of one layer, as `usage` draws it. `note` is a second, smaller line of the title.
 
     Raises ValueError without any assignment.
     """
     figure = style.new_figure(np.shape(np.atleast_1d(counts))[-1], height=4.8)
     axes = figure.add_subplot()
-    usage(axes, counts, marked=marked)
+    usage(axes, counts, marked=marked, interval=interval)
     style.title(axes, title, note)
     return figure
 
@@ -59,19 +62,28 @@ def layers_histogram(
     return figure
 
 
-def usage(axes: Axes, counts: npt.ArrayLike, *, marked: int = 3) -> None:
+def usage(axes: Axes, counts: npt.ArrayLike, *, marked: int = 3, interval: Interval | None = None) -> None:
     """The histogram of one layer.
 
     counts: `[experts]`, assignments of each expert. One bar an expert in the order of the ids, as high as its share of
     the assignments; a line at the uniform share 1/E; the `marked` largest named; experts that were never chosen crossed
-    on the axis. Raises ValueError without any assignment.
+    on the axis. interval: of each share, `[experts]`, drawn as a line from end to end (`analysis.GroupCounts.shares`);
+    of fewer experts, the others have none. Raises ValueError without any assignment.
     """
     share = metrics.shares(np.atleast_1d(counts))
     if share.ndim != 1:
         raise ValueError(f"a histogram shows one layer: counts must be [experts], not {share.shape}")
     if np.isnan(share).any():
         raise ValueError("no assignment to draw: all counts are 0")
-    _bars(axes, share, 1 / len(share), marked, "share of assignments")
+    peak = 0.0
+    if interval is not None:
+        known = np.flatnonzero(~np.isnan(interval.low[: len(share)]))
+        low, high = interval.low[known], interval.high[known]
+        axes.vlines(
+            known, low, high, color=style.INTERVAL, linewidth=1.1, zorder=4, label="95 % interval over requests"
+        )
+        peak = float(high.max(initial=0.0))
+    _bars(axes, share, 1 / len(share), marked, "share of assignments", peak)
     axes.set_xlabel("expert")
 
 
@@ -122,7 +134,7 @@ def load_table(layers: Sequence[int], counts: Sequence[npt.ArrayLike]) -> Floats
     return load
 
 
-def _bars(axes: Axes, share: Floats, uniform: float, marked: int, ylabel: str) -> None:
+def _bars(axes: Axes, share: Floats, uniform: float, marked: int, ylabel: str, peak: float = 0.0) -> None:
     experts = np.arange(len(share))
     best = [int(e) for e in metrics.top(np.nan_to_num(share), marked) if share[e] > 0] if marked > 0 else []
     colours = [style.TOP if e in best else style.BAR for e in experts]
@@ -130,7 +142,7 @@ def _bars(axes: Axes, share: Floats, uniform: float, marked: int, ylabel: str) -
     axes.bar(experts, share, width=0.82 if len(share) <= 128 else 1.0, color=colours)
     line = f"uniform, {style.percent(uniform)}"
     axes.axhline(uniform, color=style.LINE, linewidth=1.2, linestyle=(0, (5, 3)), label=line)
-    peak = max(float(np.nanmax(share)), uniform)
+    peak = max(float(np.nanmax(share)), uniform, peak)
     axes.set_ylim(0, peak * 1.25)
     axes.set_xlim(-0.7, len(share) - 0.3)
     dead = experts[share == 0]

@@ -64,6 +64,7 @@ class _Asked:
     note: str
     other: Selection | None
     request: str | None
+    interval: metrics.Interval | None = None  # of each expert's share
 
     @property
     def model(self) -> str:
@@ -95,6 +96,9 @@ def of(
     other: Selection | None = None,
     request: str | None = None,
     asked: Mapping[str, Any] | None = None,
+    intervals: bool = False,
+    jobs: int = 1,
+    progress: Callable[[int], Any] | None = None,
 ) -> Figure:
     """The figure of a kind, one of `KINDS`, of a selection of a trace.
 
@@ -105,6 +109,8 @@ def of(
         other: the second selection, for the kind `compare`.
         request: the name of the request, for the kind `request`.
         asked: what the user selected by, to be said in the picture: `phase`, `since` and `run` (`moe_trace.summary`).
+        intervals: of each share, over requests, for the kind `histogram` of one layer; reads rows.
+        jobs, progress: as of `analysis.fill`, where rows are read.
 
     Raises:
         ValueError: there is no such kind, something that it needs was not given, or there is nothing to draw.
@@ -120,7 +126,24 @@ def of(
     layers = [(layer, c) for layer, c in zip(summary["layers"], counts, strict=True) if layer["assignments"]]
     if not layers and kind != "request":
         raise ValueError(f"there is nothing to draw: no rows. See what is there: moe-native summary {summary['path']}")
-    return _DRAWN[kind](_Asked(selection, summary, layers, note(summary), other, request))
+    interval = None
+    if intervals:
+        if kind != "histogram" or len(layers) != 1:
+            raise ValueError("intervals are of the histogram of one layer: select one")
+        number = layers[0][0]["layer"]
+        interval = of_shares(selection.layer([number]), number, jobs, progress)
+    return _DRAWN[kind](_Asked(selection, summary, layers, note(summary), other, request, interval))
+
+
+def of_shares(selection: Selection, layer: int, jobs: int, progress: Callable[[int], Any] | None) -> metrics.Interval:
+    """The interval over requests of each expert's share. Raises ValueError where there are no two requests."""
+    from moe_trace.analysis import GroupCounts, fill  # for the help of `moe-native plot`, which lists kinds, too much
+
+    found = GroupCounts()
+    fill(selection, found, jobs=jobs, progress=progress)
+    if len(found.groups(layer)) < 2:
+        raise ValueError("there are no intervals: they are over requests, of which fewer than two have stored rows")
+    return found.shares(layer)
 
 
 def note(summary: Mapping[str, Any]) -> str:
@@ -143,7 +166,7 @@ def _histogram(asked: _Asked) -> Figure:
     ((layer, counts),) = asked.layers
     evenness = "" if layer["normalized_entropy"] is None else f" · entropy {layer['normalized_entropy']:.4f}"
     note = f"{asked.rows()}{asked.note}{evenness} · max/mean {layer['imbalance']:.2f}"
-    return expert_histogram(counts, title=asked.title(""), note=note)
+    return expert_histogram(counts, title=asked.title(""), note=note, interval=asked.interval)
 
 
 def _heatmap(asked: _Asked) -> Figure:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 
 BAR, TOP, LINE, DEAD, QUIET = "#8FA3B5", "#D55E00", "#0B3C5D", "#000000", "#5A5A5A"
+INTERVAL = "#222222"
 NONE = "#CFCFCF"
 # Okabe and Ito's colours; neighbours differ in brightness too.
 GROUPS = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#CC79A7", "#000000", "#F0E442")

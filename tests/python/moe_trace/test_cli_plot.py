@@ -60,3 +60,14 @@ def test_plot_asks_for_what_a_kind_needs(trace, tmp_path):
     assert "--kind request needs --request" in failed("plot", trace, "--kind", "request", code=2)
     assert "--against is for --kind compare" in failed("plot", trace, "--against", trace, code=2)
     assert "no request 'nobody'" in failed("plot", trace, "--kind", "request", "--request", "nobody", code=1)
+
+
+def test_intervals_are_drawn_of_one_layer(trace, tmp_path):
+    plain, with_them = tmp_path / "plain.svg", tmp_path / "intervals.svg"
+    ok("plot", trace, "--layer", "5", "-o", plain)
+    ok("plot", trace, "--layer", "5", "--intervals", "-o", with_them)
+    assert "95 % interval over requests" in with_them.read_text() and "interval" not in plain.read_text()
+    for more in ([], ["--kind", "heatmap", "--layer", "5"]):
+        assert "intervals are of the histogram of one layer" in failed(
+            "plot", trace, "--intervals", *more, "-o", tmp_path / "x.png", code=1
+        )

@@ -10,6 +10,8 @@ import pytest
 import segment_bytes as sb
 from command_line import LAYERS, META, STEPS, blocks, ok, run, write, write_lossy
 
+from moe_trace import metrics
+
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
@@ -130,3 +132,27 @@ def test_a_torn_segment_is_exit_code_3(tmp_path):
     path = write(tmp_path / "t", segments=[whole[: len(whole) // 2]])
     done = run("summary", path)
     assert done.returncode == 3 and "problem   " in done.stdout and done.stderr == ""
+
+
+def test_intervals_of_the_shares_are_those_of_the_requests(trace):
+    of, plain = (json.loads(ok("summary", trace, "--json", *more)) for more in (["--intervals"], []))
+    requests = sb.per_row(STEPS, "request")
+    for layer, without in zip(of["layers"], plain["layers"], strict=True):
+        ids = sb.of_rows(STEPS, layer["layer"])
+        counts = np.array([np.bincount(ids[requests == one].ravel(), minlength=60) for one in range(3)])
+        interval = metrics.bootstrap_ratio(counts, counts.sum(axis=1))
+        for entry, old in zip(layer["top"], without["top"], strict=True):
+            e = entry["expert"]
+            assert (entry["low"], entry["high"]) == pytest.approx((interval.low[e], interval.high[e]), abs=0.01)
+            assert entry["low"] <= entry["share"] <= entry["high"] and old == {k: entry[k] for k in old}
+    text, first = ok("summary", trace, "--intervals"), of["layers"][0]["top"][0]
+    assert f"{100 * first['share']:.2f}% [{100 * first['low']:.2f}, {100 * first['high']:.2f}]" in text
+
+
+def test_where_there_are_no_requests_there_are_no_intervals(tmp_path):
+    steps, _ = sb.make_steps([4], layers=LAYERS)
+    steps[0].runs[:] = [(sb.NOBODY, sb.NOBODY, 4, sb.cls(attributed=False), 0)]
+    path = write(tmp_path / "t", segments=[sb.segment([sb.rows_block(steps)], META)])
+    of = json.loads(ok("summary", path, "--intervals", "--json"))
+    assert of["layers"][0]["top"][0]["low"] is None and "belong to no request" in of["warnings"][-1]
+    assert "[" not in ok("summary", path, "--intervals").partition("note")[0]

@@ -15,7 +15,7 @@ import moe_trace
 from moe_trace import metrics
 from moe_trace.analysis import one_pass
 from moe_trace.compare import compare
-from moe_trace.compare.loads import Loads, _figures, difference
+from moe_trace.compare.loads import _figures, difference
 from moe_trace.errors import TraceError
 
 NAMES = tuple(f"r{i}" for i in range(24))
@@ -266,14 +266,3 @@ def test_intervals_are_scipys():
         ours = found[figure]
         width = theirs.high - theirs.low
         assert abs(ours["low"] - theirs.low) < 0.06 * width and abs(ours["high"] - theirs.high) < 0.06 * width
-
-
-def test_loads_of_requests_are_in_the_same_group_of_both(messy):
-    """Whatever the order in which they come, and in whatever process."""
-    loads = [Loads(), Loads()]
-    moe_trace.analysis.fill(messy[0], loads[0])
-    with mock.patch.object(one_pass, "_in_processes", in_turn):
-        moe_trace.analysis.fill(messy[0], loads[1], jobs=4)
-    np.testing.assert_equal(loads[0].counts, loads[1].counts)
-    assert loads[0].counts[0].any(axis=1).sum() == 3 and loads[0].nobodys > 0
-    assert loads[0].notes()[0].endswith("belong to no request, and are not compared")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from moe_trace import plots
+from moe_trace import metrics, plots
 from moe_trace.plots import pairs, style
 
 
@@ -164,3 +164,13 @@ def test_axes_without_a_figure_are_refused():
     axes.remove()
     with pytest.raises(ValueError, match="no figure"):
         plots.usage(axes, [1, 2])
+
+
+def test_intervals_are_lines_from_end_to_end(axes):
+    low, high = np.array([0.1, np.nan, 0.3]), np.array([0.4, np.nan, 0.7])
+    plots.usage(axes, [2, 3, 5], interval=metrics.Interval(np.array([0.2, 0.3, 0.5]), low, high))
+    (lines,) = (c for c in axes.collections if c.get_label() == "95 % interval over requests")
+    np.testing.assert_allclose(
+        [path.vertices for path in lines.get_paths()], [[[0, 0.1], [0, 0.4]], [[2, 0.3], [2, 0.7]]]
+    )
+    assert axes.get_ylim()[1] > 0.7

@@ -164,6 +164,7 @@ def test_batches_leave_nothing_behind(tmp_path):
     sb.write_rank(tmp_path / "t" / "run-1" / "rank-0", [sb.segment(blocks)])
     del blocks, steps, notes
     trace = moe_trace.open(tmp_path / "t")
+    gc.freeze()  # what other tests have imported need not be looked through each time
     tracemalloc.start()
     try:
         held = []
@@ -173,6 +174,7 @@ def test_batches_leave_nothing_behind(tmp_path):
             held.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
+        gc.unfreeze()
     assert held[-1] - held[9] < 50 * 400, "50 blocks; what was read of one takes 15 kB"
 
 
