@@ -37,7 +37,7 @@ def test_json_says_what_was_made(tmp_path):
     assert of == {
         "format": "moe-native import", "version": 1, "path": str(tmp_path / "t"),
         "runs": [run.name for run in moe_trace.open(tmp_path / "t").runs], "rows": 3, "requests": 1, "layers": [0, 1],
-        "lines": 7, "skipped": 1,
+        "lines": 6, "skipped": 1,
     }  # fmt: skip
 
 
