@@ -8,12 +8,13 @@
 | `UsageOverTime` | counts by window of time |
 | `RequestCounts` | counts by request, for intervals and tests over requests |
 | `GroupCounts` | the same by group of requests, where there are many |
+| `PhaseCounts` | prefill and decode by group of requests, however many there are |
 | `DistinctExperts` | experts that a step needs, by its number of rows |
 | `RouterScores` | confidence, margin and entropy, from logits |
 
 `fill(selection, *accumulators, jobs=…)` reads; an accumulator is also its result, with the figures of
 `moe_trace.metrics` as methods. What a trace's statistics hold already (counts, weight sums) `Selection.stats` gives
-without reading rows.
+without reading rows, and `counts_over_time` gives it by window of time.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from moe_trace.analysis.load import DistinctExperts, RequestCounts, UsageOverTim
 from moe_trace.analysis.one_pass import fill
 from moe_trace.analysis.pairs import Coactivation, Transitions
 from moe_trace.analysis.part import Part, Whose
+from moe_trace.analysis.phases import PhaseCounts
 from moe_trace.analysis.repetition import Repetition
 from moe_trace.analysis.scores import RouterScores
+from moe_trace.analysis.windows import counts_over_time
 
 __all__ = [
     "Accumulator",
@@ -33,11 +36,13 @@ __all__ = [
     "DistinctExperts",
     "GroupCounts",
     "Part",
+    "PhaseCounts",
     "Repetition",
     "RequestCounts",
     "RouterScores",
     "Transitions",
     "UsageOverTime",
     "Whose",
+    "counts_over_time",
     "fill",
 ]

@@ -19,6 +19,7 @@ class Coactivation(Accumulator):
 
     Args:
         adjacent: only choices of adjacent ranks (`metrics.adjacent_counts`), which needs weights.
+        layers: only these; None: each selected layer.
 
     Attributes:
         counts: by layer, int64 `[E, E]`, with N_i on the diagonal.
@@ -26,6 +27,7 @@ class Coactivation(Accumulator):
     """
 
     adjacent: bool = False
+    layers: tuple[int, ...] | None = None
     counts: dict[int, Ints] = field(init=False, default_factory=dict)
     rows: dict[int, int] = field(init=False, default_factory=dict)
 
@@ -35,6 +37,8 @@ class Coactivation(Accumulator):
 
     def add(self, part: Part) -> None:
         for layer in part.layers:
+            if self.layers is not None and layer not in self.layers:
+                continue
             ids, experts = part.ids(layer), part.experts(layer)
             if self.adjacent:
                 weights = part.weights(layer)

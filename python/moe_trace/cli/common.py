@@ -177,6 +177,11 @@ def print_json(of: dict[str, Any]) -> None:
     print(json.dumps(of, indent=2, allow_nan=False))
 
 
+def print_result(command: str, /, **result: Any) -> None:
+    """What a command did, for a program: later versions may add keys, never change one's meaning."""
+    print_json({"format": f"moe-native {command}", "version": 1, **result})
+
+
 def check_place(output: str) -> None:
     """Before the work: is there a directory to write the file into?"""
     directory = Path(output).parent

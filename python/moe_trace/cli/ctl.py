@@ -1,10 +1,30 @@
-"""`moe-native ctl`: commands to what is recording now."""
+"""`moe-native ctl`: commands to what is recording now.
+
+`--json` prints (`"format": "moe-native ctl"`, `"version": 1`) `path`, `command` and `answers`, a list with an object
+for each process that records: `run`, `rank`, `ok`, and `error` where that is false, else how it stands, as
+`Recorder.status` says: `state`, `fields`, `layers` (null for all), `sample`, `steps` and `rows` (written),
+`rows_stored`, `lost` and `paused`.
+"""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
-from moe_trace.cli.common import FAILED, WHOLE, Commands, UsageError, add_command, add_trace, say
+from moe_trace.cli.common import (
+    FAILED,
+    WHOLE,
+    Commands,
+    UsageError,
+    add_command,
+    add_json,
+    add_trace,
+    print_result,
+    say,
+)
+
+if TYPE_CHECKING:
+    from moe_trace.ctl import Answer
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,13 +44,26 @@ def run(args: argparse.Namespace) -> int:
     if args.ctl == "flush":
         arguments = {"seconds": 0.8 * args.timeout}
     answers = ctl.send(args.trace, args.ctl, arguments, args.timeout)
-    for answer in answers:
-        name = f"{answer.directory.absolute().parent.name}/{answer.directory.name}"
-        if answer.ok:
-            print(f"{name}  {ctl.line(answer.reply)}")
-        else:
-            say(f"{name}: {answer.reply.get('error')}")
+    if args.json:
+        print_result("ctl", path=args.trace, command=args.ctl, answers=[_object(answer) for answer in answers])
+    else:
+        for answer in answers:
+            name = "/".join(_names(answer))
+            if answer.ok:
+                print(f"{name}  {ctl.line(answer.reply)}")
+            else:
+                say(f"{name}: {answer.reply.get('error')}")
     return WHOLE if all(answer.ok for answer in answers) else FAILED
+
+
+def _names(answer: Answer) -> tuple[str, str]:
+    """Of the run and the rank."""
+    return answer.directory.absolute().parent.name, answer.directory.name
+
+
+def _object(answer: Answer) -> dict[str, Any]:
+    run, rank = _names(answer)
+    return {"run": run, "rank": rank, **{key: value for key, value in answer.reply.items() if key != "id"}}
 
 
 def add(commands: Commands) -> None:
@@ -50,6 +83,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("settings", metavar="SETTING", nargs="*", help="of set: fields=…, layers=…, sample=…")
     parser.add_argument("--timeout", type=_seconds, default=10.0, metavar="SECONDS", help="how long to wait (10)")
+    add_json(parser)
 
 
 def _seconds(text: str) -> float:

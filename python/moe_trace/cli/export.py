@@ -1,4 +1,9 @@
-"""`moe-native export`: rows for other tools."""
+"""`moe-native export`: rows for other tools.
+
+`--json` prints (`"format": "moe-native export"`, `"version": 1`) `trace` (its path), `path` (what was written), `kind`
+(the format that it has: jsonl, npz, …), `rows` (tokens; of --per-step, steps), `complete` (false when something is
+missing, from the trace or from the export), and `problems` and `notes`, lists of sentences.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +17,16 @@ from moe_trace.cli.common import (
     Commands,
     UsageError,
     add_command,
+    add_json,
     add_selection,
     add_trace,
     check_place,
     open_trace,
+    print_result,
     said_verdict,
     say,
     select,
+    verdict,
 )
 
 _FORMATS = ("jsonl", "npz", "parquet", "safetensors", "sglang", "vllm")  # exchange.FORMATS, without its imports
@@ -35,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"only jsonl is text, and goes to stdout: name a file for {name}")
     if args.per_step and name != "sglang":
         raise UsageError("--per-step is for --format sglang")
+    if args.json and args.output == "-":
+        raise UsageError("--json says on stdout what was written: name a file for the rows")
     trace = open_trace(args)
     check_place(args.output)
     selection = select(trace, args)
@@ -48,6 +58,19 @@ def run(args: argparse.Namespace) -> int:
     to = sys.stdout if args.output == "-" else args.output
     with show.progress("exporting", total) as advance:
         done = exchange.export(selection, to, name, per_step=args.per_step, advance=advance)
+    if args.json:
+        code = LOSSY if done.problems else verdict(trace)
+        print_result(
+            "export",
+            trace=str(trace.path),
+            path=str(done.path),
+            kind=name,
+            rows=done.rows,
+            complete=code != LOSSY,
+            problems=done.problems,
+            notes=done.notes,
+        )
+        return code
     for sentence in done.notes + done.problems:
         say(sentence)
     return LOSSY if done.problems else said_verdict(trace)
@@ -81,3 +104,4 @@ def add(commands: Commands) -> None:
         "--request", action="append", metavar="ID", help="only rows of this request; may be given several times"
     )
     parser.add_argument("--per-step", action="store_true", help="of sglang: the counts of each step, not their sum")
+    add_json(parser)

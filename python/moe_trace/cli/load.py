@@ -1,10 +1,16 @@
-"""`moe-native import`: logs of other tools."""
+"""`moe-native import`: logs of other tools.
+
+`--json` prints (`"format": "moe-native import"`, `"version": 1`) `path` (of the trace), `runs` (names of those that
+were added), `rows` (tokens that are stored or, of counts, that are counted), `requests` (how many have a name),
+`layers`, `lines` (read, of JSONL; of SGLang's counts, steps), `skipped` (malformed lines), and `problems` (what is
+missing from the trace) and `notes` (what the log did not say), lists of sentences.
+"""
 
 from __future__ import annotations
 
 import argparse
 
-from moe_trace.cli.common import LOSSY, WHOLE, Commands, UsageError, add_command, say
+from moe_trace.cli.common import LOSSY, WHOLE, Commands, UsageError, add_command, add_json, print_result, say
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,12 +37,16 @@ def run(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         token_idx=args.token_idx,
     )
+    code = LOSSY if done.problems else WHOLE
+    if args.json:
+        print_result("import", **{**vars(done), "path": str(done.path)})
+        return code
     print(done)
     for note in done.notes:
         print(f"  {note}")
     for problem in done.problems:
         say(problem)
-    return LOSSY if done.problems else WHOLE
+    return code
 
 
 def add(commands: Commands) -> None:
@@ -60,3 +70,4 @@ def add(commands: Commands) -> None:
         default="auto",
         help="what token_idx is: the position in the request, a place in the step, or auto (see whether it restarts)",
     )
+    add_json(parser)

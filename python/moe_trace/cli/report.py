@@ -9,6 +9,7 @@ from pathlib import Path
 from moe_trace.cli.common import (
     Commands,
     add_command,
+    add_jobs,
     add_selection,
     add_trace,
     asked,
@@ -22,12 +23,14 @@ from moe_trace.cli.common import (
 def run(args: argparse.Namespace) -> int:
     """Write one HTML page: what was recorded and how completely, what stands out, and pictures and tables to look
     into. It opens from disk, loads nothing, and can be mailed as it is."""
-    from moe_trace import report
+    from moe_trace import report, show
     from moe_trace.exchange.made import whole_file
 
     trace = open_trace(args)
     check_place(args.output)
-    page = report.build(trace, select(trace, args), asked(args))
+    selection = select(trace, args)
+    with show.progress("reading", trace.executed_rows + trace.stored_rows) as advance:
+        page = report.build(trace, selection, asked(args), jobs=args.jobs, progress=advance)
     if args.output == "-":
         sys.stdout.write(page)
     else:
@@ -50,3 +53,4 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "-o", "--output", default="report.html", metavar="FILE", help="where to write (report.html); - for stdout"
     )
+    add_jobs(parser)

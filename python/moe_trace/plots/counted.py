@@ -1,78 +1,45 @@
-"""What pictures and the report count beyond the counts of a selection: windows of time, and pairs of experts."""
+"""What pictures and the report count from rows."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.joined import groups
-from moe_trace.plots.style import Floats
-
 if TYPE_CHECKING:
     from moe_trace import Selection
+    from moe_trace.analysis import Accumulator
 
 Ints = npt.NDArray[np.int64]
 
-WINDOWS = 48
-STEPS_EACH = 4  # in a window, on average: with fewer, windows without any would look like a pause
 
+def count(
+    selection: Selection, *accumulators: Accumulator, jobs: int = 1, progress: Callable[[int], Any] | None = None
+) -> list[str]:
+    """`analysis.fill`, without its note that not all rows are stored, which every summary says."""
+    from moe_trace.analysis import fill  # for the help of `moe-native plot`, which lists kinds, too much
 
-def windows(selection: Selection, most: int = WINDOWS) -> tuple[Floats, dict[int, Ints], list[str]]:
-    """The counts of a selection in equally long windows of time, from its first step to its last: `most` of them, or
-    so few that there are `STEPS_EACH` steps to a window.
-
-    Returns the edges, float64 `[windows + 1]` in seconds since the first step; for each layer `[windows, experts]`; and
-    what has to be said of them: a sentence where rows that are counted and not stored could not be cut at an edge, and
-    are in each window that their block reaches into.
-
-    Raises ValueError where there is no step, or all steps began at the same time.
-    """
-    spans = [times for rank in selection._ranks if len(times := rank.times())]
-    first, last = (min(int(t[0]) for t in spans), max(int(t[1]) for t in spans)) if spans else (0, 0)
-    asked = selection._asked
-    first = first if asked.first_ns is None else max(first, asked.first_ns)
-    last = last if asked.end_ns is None else min(last, asked.end_ns - 1)
-    if last <= first:
-        raise ValueError("there is no time to show: fewer than two steps, or all of them began at once")
-    steps = sum(
-        block.last_step - block.first_step + 1
-        for rank in (group[0][0] for group in groups(selection._ranks))
-        for block in rank.blocks()
-        if not asked.misses(block.first_time_ns, block.last_time_ns, block.first_step, block.last_step)
-    )
-    number = min(max(steps // STEPS_EACH, 2), most)
-    edges = np.array([first + (last + 1 - first) * i // number for i in range(number + 1)])
-    into: dict[int, list[Ints]] = {layer: [] for layer in selection.layers}
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        for start, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-            for layer, stats in selection._between(start, end).stats().items():
-                into[layer].append(stats.counts)
-    lack = "rows that are counted and not stored are in each window that their block reaches into" if said else ""
-    return (edges - first) / 1e9, {layer: _stacked(counts) for layer, counts in into.items()}, [lack] if lack else []
-
-
-def _stacked(counts: Sequence[Ints]) -> Ints:
-    out = np.zeros((len(counts), max(map(len, counts))), np.int64)
-    for row, of_one in zip(out, counts, strict=True):
-        row[: len(of_one)] = of_one
-    return out
+    notes = fill(selection, *accumulators, jobs=jobs, progress=progress)
+    trace = selection._trace
+    if trace.executed_rows > trace.stored_rows:
+        notes = [note for note in notes if "are stored: what is analysed" not in note]
+    return notes
 
 
 def pairs(selection: Selection, layer: int, experts: int) -> tuple[Ints, list[str]]:
     """How many stored rows of a layer chose both of two experts, int64 `[experts, experts]` with the rows of each on
-    the diagonal (`analysis.Coactivation`), and the notes of `analysis.fill` on rows that had to be left out.
+    the diagonal (`analysis.Coactivation`), and the notes of `count` on rows that had to be left out.
     """
-    from moe_trace.analysis import Coactivation, fill  # for the help of `moe-native plot`, which lists kinds, too much
+    from moe_trace.analysis import Coactivation
 
     together = Coactivation()
-    notes = fill(selection.layer([layer]), together)
-    found = together.counts.get(layer, np.zeros((0, 0), np.int64))
-    trace = selection._trace
-    if trace.executed_rows > trace.stored_rows:
-        notes = notes[:-1]  # the last one says that not all rows are stored, as every summary does
-    return np.pad(found, (0, experts - len(found))), notes
+    notes = count(selection.layer([layer]), together)
+    return padded(together.counts.get(layer), experts), notes
+
+
+def padded(counts: Ints | None, experts: int) -> Ints:
+    """Pairs of a layer as `[experts, experts]`, zeros where there are none."""
+    found = np.zeros((0, 0), np.int64) if counts is None else counts
+    return np.pad(found, (0, experts - len(found)))

@@ -224,8 +224,10 @@ def _coactivation(asked: _Asked) -> Figure:
 
 
 def _time(asked: _Asked) -> Figure:
+    from moe_trace.analysis import counts_over_time  # for the help of `moe-native plot`, which lists kinds, too much
+
     layer, counts, title = _first_layer(asked, "over time")
-    edges, of_layers, said = counted.windows(asked.selection.layer([layer["layer"]]))
+    edges, of_layers, said = counts_over_time(asked.selection.layer([layer["layer"]]))
     table = of_layers[layer["layer"]]
     figure = style.new_figure(0, height=4.2 + min(max(0.06 * len(counts), 2.4), 6.5))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, min(max(0.06 * len(counts), 2.4), 6.5)])

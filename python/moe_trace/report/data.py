@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -12,16 +12,18 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace import metrics
+from moe_trace.analysis import Coactivation, PhaseCounts, counts_over_time
 from moe_trace.errors import DamagedTrace
 from moe_trace.plots import comparison, counted, pairs, style
 from moe_trace.plots.kinds import METRICS
 from moe_trace.plots.time import unit_of
-from moe_trace.report.phases import SwapTest, by_group, swap_test
+from moe_trace.report.phases import SwapTest, swap_test
 
 if TYPE_CHECKING:
     from moe_trace import Selection
 
 Ints = npt.NDArray[np.int64]
+Advance = Callable[[int], Any]
 
 TOPS = 16  # experts of each layer that are shown over time
 STRONGEST = 50  # pairs of experts that are listed
@@ -72,10 +74,18 @@ class Data:
         }
 
 
-def gather(selection: Selection, layers: Sequence[Mapping[str, Any]], counts: Sequence[Ints], stored: bool) -> Data:
+def gather(
+    selection: Selection,
+    layers: Sequence[Mapping[str, Any]],
+    counts: Sequence[Ints],
+    stored: bool,
+    jobs: int = 1,
+    progress: Advance | None = None,
+) -> Data:
     """The data of a selection.
 
-    layers, counts: of `moe_trace.summary.summarize`; stored: whether the trace has rows, and not counts alone.
+    layers, counts: of `moe_trace.summary.summarize`; stored: whether the trace has rows, and not counts alone; jobs,
+    progress: of `build`.
     """
     there = [i for i, layer in enumerate(layers) if layer["assignments"]]
     kept = [counts[i] for i in there]
@@ -89,14 +99,17 @@ def gather(selection: Selection, layers: Sequence[Mapping[str, Any]], counts: Se
         return data
     numbers = [layer["layer"] for layer in of_layers]
     selection = selection.layer(numbers)
-    _phases(data, selection, numbers, stored)
-    _time(data, selection, numbers)
-    _pairs(data, selection, stored)
+    _phases(data, selection, numbers)
+    _time(data, selection, numbers, progress)
+    if stored:
+        _rows(data, selection, jobs, progress)
+    else:
+        data.why["pairs"] = "The trace has counts only, and pairs of experts are counted from rows."
     data.damage = list(dict.fromkeys(data.damage))
     return data
 
 
-def _phases(data: Data, selection: Selection, numbers: list[int], stored: bool) -> None:
+def _phases(data: Data, selection: Selection, numbers: list[int]) -> None:
     sides = {}
     for name in ("prefill", "decode"):
         stats = selection.phase(name).stats()
@@ -113,18 +126,15 @@ def _phases(data: Data, selection: Selection, numbers: list[int], stored: bool) 
         "distance": [float(metrics.total_variation(prefill[i], decode[i])) for i in rows],
         "chance": [float(metrics.total_variation_by_chance(prefill[i], decode[i])) for i in rows],
     }
-    if stored:
-        experts = {numbers[i]: len(data.counts[i]) for i in rows}
-        data.test = swap_test(by_group(selection.layer(list(experts)), experts, data.damage))
 
 
 def _long(counts: Ints, experts: int) -> Ints:
     return np.pad(counts, (0, experts - len(counts)))
 
 
-def _time(data: Data, selection: Selection, numbers: list[int]) -> None:
+def _time(data: Data, selection: Selection, numbers: list[int], progress: Advance | None) -> None:
     try:
-        edges, windows, said = counted.windows(selection)
+        edges, windows, said = counts_over_time(selection, progress=progress)
     except ValueError as error:
         data.why["time"] = f"{str(error)[0].upper()}{str(error)[1:]}."
         return
@@ -151,14 +161,20 @@ def _time(data: Data, selection: Selection, numbers: list[int]) -> None:
     data.why["time"] = " ".join(f"{text[0].upper()}{text[1:]}." for text in (small, *said))
 
 
-def _pairs(data: Data, selection: Selection, stored: bool) -> None:
+def _rows(data: Data, selection: Selection, jobs: int, progress: Advance | None) -> None:
+    """What is made from rows, in one pass over them."""
     layer = data.layers[data.least_even]["layer"]
-    experts = len(data.counts[data.least_even])
-    if not stored:
-        data.why["pairs"] = "The trace has counts only, and pairs of experts are counted from rows."
-        return
-    seen, notes = counted.pairs(selection, layer, experts)
-    data.damage += notes
+    tested = [data.layers[i]["layer"] for i in data.phases["rows"]] if data.phases else []
+    together, phases = Coactivation(layers=(layer,)), PhaseCounts()
+    wanted = [together, phases] if tested else [together]
+    data.damage += counted.count(selection.layer({layer, *tested}), *wanted, jobs=jobs, progress=progress)
+    if tested:
+        data.test = swap_test({number: phases.counts(number) for number in tested})
+    _pairs(data, layer, counted.padded(together.counts.get(layer), len(data.counts[data.least_even])))
+
+
+def _pairs(data: Data, layer: int, seen: Ints) -> None:
+    experts = len(seen)
     expected = metrics.coactivation_by_chance(seen)
     if not seen.any():
         data.why["pairs"] = f"There are no rows of layer {layer} to count pairs from."

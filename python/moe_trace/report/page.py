@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from importlib import resources
@@ -51,16 +51,25 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (  # heading, key in a layer of the 
 )
 
 
-def build(trace: Trace, selection: Selection, asked: Mapping[str, Any] | None = None) -> str:
+def build(
+    trace: Trace,
+    selection: Selection,
+    asked: Mapping[str, Any] | None = None,
+    *,
+    jobs: int = 1,
+    progress: Callable[[int], Any] | None = None,
+) -> str:
     """The report of a selection of a trace: an HTML page, to be written as UTF-8.
 
-    asked: what the user selected by (`moe_trace.summary`), to be said in the page.
+    asked: what the user selected by (`moe_trace.summary`), to be said in the page; jobs: as of `analysis.fill`;
+    progress: called with a number of rows each time that so many more are done. All are done twice: counted over time,
+    and read.
 
     Block statistics are all that most of it needs; rows are read, block by block, for the pairs of experts of one layer
     and for the test of prefill against decode. Raises TraceError where the trace cannot be read.
     """
     summary, counts = summarize(trace, selection, asked or {})
-    data = numbers.gather(selection, summary["layers"], counts, stored=summary["stored_rows"] > 0)
+    data = numbers.gather(selection, summary["layers"], counts, summary["stored_rows"] > 0, jobs, progress)
     name = summary["model"] or Path(summary["path"]).name
     summary.update(standing(trace))  # again: some damage is found where rows are read
     facts = [*recorded.lines(summary, trace.metadata), *(("damage", text, "bad") for text in data.damage)]

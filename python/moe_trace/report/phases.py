@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace import format as fmt
 from moe_trace import metrics
 
-if TYPE_CHECKING:
-    from moe_trace import Selection
-
-GROUPS, FEWEST = 32, 6  # of requests: as many as there are, and at most; with fewer than that no test
+FEWEST = 6  # groups of requests; with fewer no test
 SHUFFLES = 999
 LEVEL = 0.05
-_DECODE = fmt.PHASES.index("decode")
 
 
 @dataclass(frozen=True)
@@ -36,30 +30,9 @@ class SwapTest:
     groups: int
 
 
-def by_group(selection: Selection, experts: dict[int, int], left_out: list[str]) -> dict[int, npt.NDArray[np.int64]]:
-    """Assignments by group of requests, phase and expert: int64 `[groups, 2, experts]` by layer; phase 0 is prefill.
-
-    Requests are dealt out to the groups in turn; rows that are nobody's are in none. From the rows that are stored.
-
-    left_out: gets a sentence for each damaged block, as `Selection.batches` says.
-    """
-    found = {layer: np.zeros((GROUPS, 2, number), np.int64) for layer, number in experts.items()}
-    for batch in selection.phase("prefill", "decode").batches(left_out):
-        requests, phases = batch.request_numbers, batch.phases
-        known = requests != fmt.NOBODY
-        cell = np.where(known, requests.astype(np.int64) % GROUPS * 2 + (phases == _DECODE), -1)
-        for layer in batch.layers:
-            ids = batch.column(fmt.IDS, layer)
-            if ids is None or layer not in found:
-                continue
-            table = found[layer]
-            number = table.shape[2]
-            table += metrics.counts_by_group(cell, ids, number, 2 * GROUPS).reshape(table.shape)
-    return found
-
-
 def swap_test(groups: dict[int, npt.NDArray[np.int64]], seed: int = 0) -> SwapTest | None:
-    """A randomisation test on the counts of `by_group`; None with fewer than `FEWEST` groups that have both phases.
+    """A randomisation test on counts of groups of requests, int64 `[groups, 2, experts]` by layer (`PhaseCounts`); None
+    with fewer than `FEWEST` groups that have both phases in each layer.
 
     The statistic of a layer is half the sum over experts of |mean over groups of (p - q)|, with p and q the shares of a
     group's prefill and decode. Were there no difference within requests, p and q of a group could as well be swapped:

@@ -89,6 +89,8 @@ def accumulators():
         analysis.Repetition(),
         analysis.UsageOverTime(2.0, most=3),
         analysis.RequestCounts(),
+        analysis.PhaseCounts(),
+        analysis.PhaseCounts(4),
         analysis.DistinctExperts(),
         analysis.RouterScores(10),
     ]
@@ -111,6 +113,8 @@ def found_by(*of):
             case analysis.RequestCounts():
                 counts = {layer: one.counts(layer) for layer in one._counts}
                 found.append((one.requests, one.rows, counts, one.nobodys))
+            case analysis.PhaseCounts():
+                found.append({layer: one.counts(layer) for layer in LAYERS})
             case analysis.DistinctExperts():
                 found.append((one.totals, one.experts, one.k))
             case analysis.RouterScores():

@@ -41,6 +41,7 @@ def rows_of(selection):
                 "position": int(batch.positions[n]),
                 "current": not batch.flags[n] & NOT_CURRENT,
                 "step": int(batch.step_numbers[n]),
+                "phase": int(batch.phases[n]),
                 "time": int(batch.times[n].astype(np.int64)),
                 "layers": {layer: [None if c is None else c[n] for c in of] for layer, of in columns.items()},
             }
@@ -82,13 +83,13 @@ def brute_repetition(rows, layer):
 
 
 def check_against_brute_force(selection, found):
-    together, near, transitions, firsts, repetition, over_time, by_request, distinct, scores = found
+    together, near, transitions, firsts, repetition, over_time, by_request, by_phase, few, distinct, scores = found
     rows = list(rows_of(selection))
     order = {whose: n for n, whose in enumerate((w[1], w[2]) for w in by_request.requests)}
     for layer in at.LAYERS:
         here = [(row, *row["layers"][layer]) for row in rows if layer in row["layers"]]
         joint, adjacent = np.zeros((2, at.EXPERTS, at.EXPERTS), int)
-        of_requests = np.zeros((len(order), at.EXPERTS), int)
+        of_requests, of_phases = np.zeros((len(order), at.EXPERTS), int), np.zeros((len(order), 2, at.EXPERTS), int)
         of_windows, of_steps = defaultdict(Counter), defaultdict(list)
         for row, ids, weights, _ in here:
             for i, j in product(legal(ids), repeat=2):
@@ -101,7 +102,10 @@ def check_against_brute_force(selection, found):
                     adjacent[i, j] += 1
                     adjacent[j, i] += 1
             if row["request"] is not None:
-                np.add.at(of_requests[order[row["rank"], row["request"]]], legal(ids), 1)
+                whose = order[row["rank"], row["request"]]
+                np.add.at(of_requests[whose], legal(ids), 1)
+                if row["phase"] in (1, 2):  # prefill and decode
+                    np.add.at(of_phases[whose, row["phase"] - 1], legal(ids), 1)
             of_windows[row["time"] // over_time.width_ns].update(legal(ids))
             of_steps[row["rank"], row["step"]].append(legal(ids))
         np.testing.assert_array_equal(together.counts[layer], joint)
@@ -109,6 +113,9 @@ def check_against_brute_force(selection, found):
         assert together.rows[layer] == near.rows[layer] == len(here)
         np.testing.assert_array_equal(np.diagonal(joint), selection.layer(layer).counts())
         np.testing.assert_array_equal(by_request.counts(layer), of_requests)
+        assert sorted(by_phase.counts(layer).tolist()) == sorted(of_phases.tolist())  # each request is a group
+        assert len(few.counts(layer)) == min(len(order), len(few._groups)) <= 4
+        np.testing.assert_array_equal(few.counts(layer).sum(axis=0), of_phases.sum(axis=0))
         table = over_time.table(layer)
         for window, counts in zip(sorted(over_time.rows), table, strict=True):
             assert {e: n for e, n in enumerate(counts) if n} == dict(of_windows[window])
@@ -299,6 +306,9 @@ def test_figures_are_those_of_the_metrics(tmp_path):
     assert np.array_equal(together.share(0), metrics.coactivation(together.counts[0]), equal_nan=True)
     assert np.array_equal(transitions.share(0, 3), metrics.transition(transitions.counts[0, 3]), equal_nan=True)
     assert transitions.mutual_information(0, 3) == metrics.mutual_information(transitions.counts[0, 3])
+    only = analysis.Coactivation(layers=(3,))
+    analysis.fill(trace, only)
+    assert list(only.counts) == [3] and np.array_equal(only.counts[3], together.counts[3])
     table = over_time.table(4)
     assert np.array_equal(over_time.drift(4), metrics.js_divergence(table[1:], table[:-1]), equal_nan=True)
     assert (over_time.starts[1:] > over_time.starts[:-1]).all() and over_time.starts.dtype == "datetime64[ns]"
@@ -318,6 +328,23 @@ def test_windows_are_split_in_order_and_none_is_lost(rows, parts):
     shares = split(of, parts)
     assert [window for share in shares for window in share] == of
     assert len(shares) <= parts and all(shares)
+
+
+@given(st.sets(st.integers(0, 2**64 - 1), min_size=1, max_size=40), st.integers(1, 9), st.integers(0, 40))
+def test_groups_of_requests_are_the_same_in_whatever_order_they_come(keys, most, cut):
+    order = sorted(keys, key=lambda key: key * 0x9E3779B97F4A7C15 % 2**64)
+    one, other = analysis.PhaseCounts(most), analysis.PhaseCounts(most)
+    one._make_room(keys, one._mask)
+    for key in order[:cut]:
+        other._make_room([key], other._mask)
+    later = other.empty()
+    later._make_room(order[cut:], later._mask)
+    other.merge(later)
+    assert (other._groups, other._mask) == (one._groups, one._mask) and len(one._groups) <= most
+    if len(keys) <= most:
+        assert one._groups == keys
+    with pytest.raises(ValueError, match="at least 1 group"):
+        analysis.PhaseCounts(0)
 
 
 def peak(selection):

@@ -56,6 +56,18 @@ def test_export_is_the_arrays(trace, tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_json_says_what_was_written(trace, tmp_path):
+    out = tmp_path / "rows.npz"
+    assert json.loads(ok("export", trace, "-o", out, "--json")) == {
+        "format": "moe-native export", "version": 1, "trace": str(trace), "path": str(out), "kind": "npz", "rows": 103,
+        "complete": True, "problems": [], "notes": [],
+    }  # fmt: skip
+    lossy = write(tmp_path / "lossy", losses=[(0, 3, 9, 70)])
+    of = json.loads(ok("export", lossy, "-o", tmp_path / "rows.jsonl", "--json", code=3))
+    assert of["complete"] is False and of["kind"] == "jsonl"
+    assert "name a file for the rows" in failed("export", trace, "-o", "-", "--json", code=2)
+
+
 def test_export_of_a_part(trace):
     chosen = ["--request", "b", "--request", "ü\n", "--layer", "1", "--phase", "decode"]
     meta, routes = lines_of(ok("export", trace, "-o", "-", *chosen))

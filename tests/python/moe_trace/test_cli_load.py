@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -26,6 +27,18 @@ def test_import_says_what_it_made_and_what_the_log_did_not_say(tmp_path):
     ]
     assert trace.metadata["model"] == "m" and trace.counts().shape == (2, 8)
     assert "m" in ok("summary", tmp_path / "t") and "imported" in ok("info", tmp_path / "t")
+
+
+def test_json_says_what_was_made(tmp_path):
+    path = log(tmp_path / "routes.jsonl", [*ROUTES, "{"])
+    of = json.loads(ok("import", path, "-o", tmp_path / "t", "--keep-going", "--json", code=3))
+    (problem,), notes = of.pop("problems"), of.pop("notes")
+    assert problem.startswith("1 malformed line") and any("does not say" in note for note in notes)
+    assert of == {
+        "format": "moe-native import", "version": 1, "path": str(tmp_path / "t"),
+        "runs": [run.name for run in moe_trace.open(tmp_path / "t").runs], "rows": 3, "requests": 1, "layers": [0, 1],
+        "lines": 6, "skipped": 1,
+    }  # fmt: skip
 
 
 def test_import_of_several_files_and_of_a_run_more(tmp_path):

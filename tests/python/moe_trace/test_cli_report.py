@@ -23,6 +23,11 @@ def test_report_of_a_selection_to_stdout(trace):
     assert page.startswith("<!doctype html>") and "layers 5, phase decode" in page
 
 
+def test_processes_that_share_the_work_write_the_same_page(trace):
+    pages = [ok("report", trace, "--jobs", jobs, "-o", "-").split("<footer")[0] for jobs in ("1", "2")]
+    assert pages[0] == pages[1]
+
+
 def test_report_of_a_lossy_trace_is_written_and_says_so(tmp_path):
     lossy = write(tmp_path / "lossy", losses=[(0, 3, 9, 70)])
     out = tmp_path / "r.html"

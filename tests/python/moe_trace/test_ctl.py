@@ -78,6 +78,19 @@ def test_every_live_rank_answers(tmp_path, ranks, recorders, capsys):
     assert all(not list(rank.glob("*command*")) and not list(rank.glob("*reply*")) for rank in ranks)
 
 
+def test_json_has_an_object_for_each_that_records(tmp_path, ranks, recorders, capsys):
+    recorders[1].reply = {"ok": False, "error": "no"}
+    assert main(["ctl", str(tmp_path / "t"), "status", "--timeout", "60", "--json"]) == 1
+    said = capsys.readouterr()
+    assert said.err == "" and json.loads(said.out) == {
+        "format": "moe-native ctl", "version": 1, "path": str(tmp_path / "t"), "command": "status",
+        "answers": [
+            {"run": "run-2", "rank": "rank-0", **STANDING},
+            {"run": "run-2", "rank": "rank-1", "ok": False, "error": "no"},
+        ],
+    }  # fmt: skip
+
+
 def test_set_sends_the_settings_as_they_are_written(tmp_path, ranks, recorders, capsys):
     words = ["fields=ids,weights,logits", "layers=0-3", "sample=0.1"]
     recorders[1].reply |= {"layers": [0, 3], "sample": 0.1, "rows_stored": 12, "lost": {"ring_full": {}}}

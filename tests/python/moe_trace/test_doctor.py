@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -378,3 +379,15 @@ def test_the_command_is_1_for_a_problem_3_for_a_lossy_trace_and_0_for_neither(tm
     assert "problem  " in capsys.readouterr().out
     assert cli.main(["doctor", str(trace_of(tmp_path / "c", sb.ledger(), losses=[(0, 1, 2, 30)]))]) == 3
     assert "lossy    lost 1 step," in capsys.readouterr().out
+
+
+def test_json_has_each_finding(tmp_path, monkeypatch, capsys):
+    path = trace_of(tmp_path / "c", sb.ledger(), losses=[(0, 1, 2, 30)])
+    said = list(doctor.examine(path))
+    monkeypatch.setattr("moe_trace.doctor.examine", lambda trace: iter(said))
+    code = cli.main(["doctor", str(path), "--json"])
+    assert code == (1 if any(of.status == "problem" for of in said) else 3)
+    of = json.loads(capsys.readouterr().out)
+    assert (of["format"], of["version"], of["trace"]) == ("moe-native doctor", 1, str(path))
+    assert of["findings"] == [{"status": f.status, "what": f.what, "todo": f.todo} for f in said]
+    assert any(f["status"] == "lossy" and f["todo"] for f in of["findings"])

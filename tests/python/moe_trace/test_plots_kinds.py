@@ -12,7 +12,6 @@ from matplotlib.text import Text
 
 import moe_trace
 from moe_trace import metrics, plots
-from moe_trace.plots import counted
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +88,7 @@ def test_phases_and_modalities_show_their_distances(traces):
         ("modality", trace.modality("text"), trace.modality("image")),
     ):
         above = draw(traces[60], kind).axes[0]
-        expected = counted.total_variation(first.counts(), second.counts())
+        expected = metrics.total_variation(first.counts(), second.counts())
         np.testing.assert_allclose(above.lines[0].get_ydata(), expected)
 
 
@@ -99,7 +98,7 @@ def test_compare_names_the_traces_by_what_differs(traces):
     assert any(title.startswith("60-1 · ") for title in titles(figure))
     one, other = (trace.counts() for trace in traces[60])
     (distances,) = [axes for axes in figure.axes if axes.get_ylabel() == "assignments that differ"]
-    np.testing.assert_allclose(distances.lines[0].get_ydata(), counted.total_variation(one, other))
+    np.testing.assert_allclose(distances.lines[0].get_ydata(), metrics.total_variation(one, other))
 
 
 def test_request_shows_the_largest_weight_and_not_column_0(tmp_path):

@@ -93,6 +93,12 @@ def test_a_whole_trace_is_said_to_be_whole(trace, page):
     assert said["trace"] == [str(trace.path)] and said["fields"] == ["ids, weights"]
 
 
+def test_progress_is_told_of_every_row_twice(trace):
+    told = []
+    report.build(trace, trace, progress=told.append)
+    assert sum(told) == trace.executed_rows + trace.stored_rows and len(told) > 2
+
+
 def test_what_is_missing_is_said(tmp_path):
     steps, notes = sb.make_steps([9, 9], layers=[0])
     metadata = {

@@ -8,7 +8,7 @@ import skewed
 from chromium import BINARY, Page
 
 import moe_trace
-from moe_trace import metrics, report
+from moe_trace import analysis, metrics, report
 from moe_trace.plots import counted
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="Chromium is not installed (Debian: apt-get install chromium)")
@@ -146,11 +146,11 @@ def test_tables_sort_on_a_click(opened):
 def test_the_other_charts_answer(opened):
     trace, _, page = opened
     prefill, decode = trace.prefill().counts(), trace.decode().counts()
-    far = counted.total_variation(prefill, decode)
+    far = metrics.total_variation(prefill, decode)
     assert pointed(page, "distance-chart", 0, 1).startswith(f"layer {trace.layers[1]}: {100 * far[1]:.2f} %")
     said = pointed(page, "ratio-chart", 1, 5)
     assert f"prefill {prefill[1, 5]:,} of {prefill[1].sum():,}" in said and f"decode {decode[1, 5]:,} of" in said
-    edges, windows, _ = counted.windows(trace)
+    edges, windows, _ = analysis.counts_over_time(trace)
     found = pointed(page, "evenness-chart", 1, 0)
     value = float(metrics.imbalance(windows[trace.layers[1]])[0])
     assert float(found.split("max/mean ")[1].split(" ")[0]) == pytest.approx(value, rel=1e-4)
@@ -166,7 +166,7 @@ def test_pairs(opened):
     trace, _, page = opened
     layer = page.js("data.pairs.layer")
     seen, _ = counted.pairs(trace, layer, trace.experts[layer])
-    expected = counted.expected_pairs(seen)
+    expected = metrics.coactivation_by_chance(seen)
     i, j = (int(v[0]) for v in (column(page, "strongest", 0), column(page, "strongest", 1)))
     for a, b in ((i, j), (j, i)):
         said = pointed(page, "pairs-chart", a, b)

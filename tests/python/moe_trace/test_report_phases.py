@@ -1,12 +1,10 @@
-"""The test of prefill against decode: its counts by brute force, and that it is as sure as it says."""
+"""The test of prefill against decode: that it is as sure as it says."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import skewed
 
-import moe_trace
 from moe_trace.report import phases
 from moe_trace.report.findings import difference
 
@@ -16,7 +14,7 @@ def groups_of(random, shift, *, requests=20, experts=16, layers=1):
     found = {}
     for layer in range(layers):
         base, change = random.normal(0, 1, experts), random.normal(0, shift, experts)
-        tables = np.zeros((phases.GROUPS, 2, experts), np.int64)
+        tables = np.zeros((requests + 3, 2, experts), np.int64)  # some groups without a token
         for request in range(requests):
             own = random.normal(0, 0.5, experts)
             for phase, length in ((0, 200), (1, 50)):
@@ -24,18 +22,6 @@ def groups_of(random, shift, *, requests=20, experts=16, layers=1):
                 tables[request, phase] = random.multinomial(length, p / p.sum())
         found[layer] = tables
     return found
-
-
-def test_counts_by_group(tmp_path):
-    trace = moe_trace.open(skewed.write(tmp_path / "t", experts=12, k=3, layers=[1, 4], requests=40, generated=3))
-    left_out = []
-    found = phases.by_group(trace, {1: 12, 4: 12}, left_out)
-    assert left_out == []
-    for layer in (1, 4):
-        assert found[layer][:, 0].sum(axis=0).tolist() == trace.layer(layer).prefill().counts().tolist()
-        for group, requests in ((0, ["chat-0", "chat-32"]), (9, ["chat-9"])):
-            expected = trace.layer(layer).decode().request(*requests).counts()
-            np.testing.assert_array_equal(found[layer][group, 1], expected)
 
 
 def test_a_real_difference_is_found():
