@@ -213,9 +213,14 @@ int StepRecorder::claim_lane(uint64_t step) noexcept {
 void StepRecorder::complain(Binding& b, const char* problem, uint32_t fields, uint32_t wanted) noexcept {
   if (fields != 0) ring_.lose(Loss::kBadInput, 0, 1, static_cast<uint64_t>(step_rows_));
   if (wanted != 0) ring_.add(kLostForCaptures, 1);
-  if (b.complained.exchange(true, std::memory_order_relaxed)) return;
+  constexpr uint8_t kOfTrace = 1, kOfCaptures = 2;
+  const auto lost = static_cast<uint8_t>((fields != 0 ? kOfTrace : 0) | (wanted != 0 ? kOfCaptures : 0));
+  const int untold = lost & ~b.complained.fetch_or(lost, std::memory_order_relaxed);
+  if (untold == 0) return;
+  const char* what = untold == kOfTrace ? "is not recorded" : "is not captured";
+  if (untold == (kOfTrace | kOfCaptures)) what = "is neither recorded nor captured";
   try {
-    messages_.post("layer " + std::to_string(b.layer) + " is not recorded: " + problem);
+    messages_.post("layer " + std::to_string(b.layer) + " " + what + ": " + problem);
   } catch (...) {
   }
 }

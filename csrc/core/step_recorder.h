@@ -115,7 +115,7 @@ class StepRecorder {
   // The fields of a layer that the trace has of the open step, and those that captures want; 0: not this layer.
   uint32_t traced(const Binding& binding) const noexcept;
   uint32_t captured(const Binding& binding) const noexcept;
-  // `fields` of the trace and `wanted` by captures are lost.
+  // `fields` of the trace and `wanted` by captures are lost. Each loss of a layer is said once.
   [[gnu::cold]] void complain(Binding& binding, const char* problem, uint32_t fields, uint32_t wanted) noexcept;
   const Place* placed(uint64_t step, int64_t tensor_rows) const noexcept;
   // `of_layer`: there is no use in waiting once the step is lost.
