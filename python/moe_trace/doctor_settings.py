@@ -92,7 +92,7 @@ def check_log(env: Mapping[str, str]) -> Iterator[Finding]:
     if usable:
         there = "; what is there now will be moved aside" if file.exists() else ""
         unread = f"; {LOG_NUMBER} is not needed, and not read" if env.get(LOG_NUMBER) else ""
-        of = "all layers" if not asked else f"layer {layers}" + (f" ({chosen})" if chosen else ", as none is named")
+        of = "all layers" if not asked else f"layer {layers}" + (f" ({chosen})" if chosen else ", as none is named,")
         yield Finding("ok", f"{LOG}={file} will have {of} when the program ends{there}{unread}")
 
 
