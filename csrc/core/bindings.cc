@@ -40,7 +40,7 @@ int bind(StepRecorder& recorder, uint16_t layer, uint32_t experts, uint32_t row_
     b.step.store(0, std::memory_order_relaxed);
     b.seen = 0;
     b.row_bytes.store(row_bytes, std::memory_order_relaxed);
-    b.complained.store(false, std::memory_order_relaxed);
+    b.complained.store(0, std::memory_order_relaxed);
     b.plain.store(0, std::memory_order_relaxed);
     b.recorder.store(&recorder, std::memory_order_release);
     return index;

@@ -24,7 +24,7 @@ struct Binding {
   int64_t seen = 0;
   // Bytes of one recorded row, for admission: a guess until the first record, then what it was.
   std::atomic<uint32_t> row_bytes{0};
-  std::atomic<bool> complained{false};
+  std::atomic<uint8_t> complained{0};  // what was said to be lost of it: 1 for the trace, 2 for captures
   // Fields of which a tensor has been seen whose memory holds its values. Torch also has tensors that are negated only
   // when they are read; a router gives the same kind every time.
   std::atomic<uint32_t> plain{0};

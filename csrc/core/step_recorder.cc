@@ -1,13 +1,12 @@
 #include "core/step_recorder.h"
 
-#include <time.h>
-
 #include <algorithm>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <utility>
 
+#include "core/admission.h"
 #include "core/owner.h"
 
 namespace moe_native {
@@ -17,21 +16,6 @@ namespace {
 // Under `drop` a step that is being streamed out may wait this long for the drain thread to make room; each success
 // starts the time anew. It is the only wait that `drop` knows.
 constexpr int64_t kStallLimitNs = 300'000'000;
-constexpr int64_t kRetryNs = 50'000;
-// Admission cannot know the step's own record. This covers a large batch; end_step may wait for more.
-constexpr uint64_t kTableBytes = 16 << 10;
-constexpr uint64_t kTableBytesPerRow = sizeof(Run) + 4;
-
-int64_t monotonic_ns() {
-  timespec now{};
-  ::clock_gettime(CLOCK_MONOTONIC, &now);
-  return int64_t{now.tv_sec} * 1'000'000'000 + now.tv_nsec;
-}
-
-void sleep_ns(int64_t ns) {
-  const timespec time{0, static_cast<long>(ns)};
-  ::nanosleep(&time, nullptr);
-}
 
 struct LaneClaim {
   uint64_t ring_id = 0;
@@ -47,28 +31,6 @@ struct ThreadPlaces {
   Place items[kMostPlaces];
 };
 thread_local ThreadPlaces places_here;
-
-// Rows are addressed by their place among the kept rows of the step; the tensor holds rows [base, …) of what the spans
-// count. Calls `take(row of the tensor, count)` for kept rows [first, first + count).
-template <typename Take>
-void each_kept(std::span<const RowSpan> spans, int64_t base, int64_t first, int64_t count, Take&& take) {
-  int64_t kept = 0;
-  for (const RowSpan& span : spans) {
-    const int64_t from = std::max(kept, first);
-    const int64_t to = std::min(kept + span.count, first + count);
-    if (from < to) take(span.start + (from - kept) - base, to - from);
-    kept += span.count;
-  }
-}
-
-void copy_kept(const RowsView& view, std::span<const RowSpan> spans, int64_t base, int64_t first, int64_t count,
-               std::byte* out) {
-  const int64_t row_bytes = view.width * static_cast<int64_t>(size_of(view.dtype));
-  each_kept(spans, base, first, count, [&](int64_t row, int64_t rows) {
-    copy_rows(view, row, rows, out);
-    out += rows * row_bytes;
-  });
-}
 
 }  // namespace
 
@@ -213,46 +175,30 @@ const Place* StepRecorder::placed(uint64_t step, int64_t tensor_rows) const noex
 }
 
 bool StepRecorder::admit() noexcept {
-  const uint64_t rows = static_cast<uint64_t>(step_rows_);
-  uint64_t bytes = kTableBytes + rows * kTableBytesPerRow;
-  uint64_t largest = bytes;
+  StepNeed need(static_cast<uint64_t>(step_rows_));
   enabled_layers_ = 0;
-  uint64_t records = 1;
   for (const Binding* b : bindings_) {
     if (traced(*b) != 0) ++enabled_layers_;
-    if ((traced(*b) | captured(*b)) == 0) continue;
-    ++records;
-    const uint64_t record = rows * b->row_bytes.load(std::memory_order_relaxed) + 4 * kAlign;
-    bytes += record;
-    largest = std::max(largest, record);
+    if ((traced(*b) | captured(*b)) != 0) need.add_layer(b->row_bytes.load(std::memory_order_relaxed));
   }
-  bytes += largest;  // what a wrap of the arena may leave unused
-  const LaneProducer& lane = lanes_[0].producer;
-  const bool large = bytes > lane.capacity() / 2 || records > lane.descriptor_count() / 2;
+  const bool large = need.is_large_for(lanes_[0].producer);
   streamed_.store(large, std::memory_order_relaxed);
   if (large) return true;  // it will be written out while it is still open
 
-  const auto fits = [&] {
-    return std::ranges::all_of(lanes_, [&](Lane& l) { return l.producer.admits(records, bytes); });
-  };
+  const auto fits = [&] { return std::ranges::all_of(lanes_, [&](Lane& l) { return need.fits(l.producer); }); };
   if (fits()) return true;
   if (!blocks()) return false;
-  const int64_t start = monotonic_ns();
+  Wait wait(patience(0));
   bool there = false;
-  int64_t waited = 0;
-  while (!there && has_patience(waited, 0) && !closed_.load(std::memory_order_relaxed)) {
-    sleep_ns(kRetryNs);
-    there = fits();
-    waited = monotonic_ns() - start;
-  }
-  ring_.add(kBlockedNs, static_cast<uint64_t>(waited));
+  while (!there && !closed_.load(std::memory_order_relaxed) && wait.again()) there = fits();
+  ring_.add(kBlockedNs, static_cast<uint64_t>(wait.ns()));
   return there;
 }
 
 // A stuck disk must not stop a server for good because somebody captures: `drop` is what its owner asked for.
-bool StepRecorder::has_patience(int64_t waited_ns, int64_t without_captures_ns) const noexcept {
-  if (overflow_ == Overflow::kBlock) return true;
-  return waited_ns < (captured_fields_ != 0 ? patience_ns_ : without_captures_ns);
+int64_t StepRecorder::patience(int64_t without_captures_ns) const noexcept {
+  if (overflow_ == Overflow::kBlock) return std::numeric_limits<int64_t>::max();
+  return captured_fields_ != 0 ? patience_ns_ : without_captures_ns;
 }
 
 // The threads of a step take lanes in the order in which they come. The step's own record goes into lane 0 whoever ends
@@ -264,31 +210,17 @@ int StepRecorder::claim_lane(uint64_t step) noexcept {
   return claim.lane;
 }
 
-const char* StepRecorder::unusable(const LayerInput& in, uint32_t fields) noexcept {
-  if (!is_id(in.ids.dtype)) return "expert ids must be int32, int64, uint16 or uint32";
-  if (in.ids.width < 1 || in.ids.width > 0xFFFF) return "expert ids must be a tensor of [rows, k]";
-  const auto bad_rows = [&](const RowsView& view) { return view.rows != in.ids.rows || view.width < 1; };
-  if ((fields & kFieldWeights) != 0) {
-    if (!is_floating(in.weights.dtype)) return "weights must be float32, float16 or bfloat16";
-    if (bad_rows(in.weights) || in.weights.width != in.ids.width) return "weights must have the shape of the ids";
-  }
-  if ((fields & kFieldLogits) != 0 && in.logits.data != nullptr) {
-    if (!is_floating(in.logits.dtype)) return "router logits must be float32, float16 or bfloat16";
-    if (bad_rows(in.logits)) return "router logits must be a tensor of [rows, experts], with as many rows as the ids";
-  }
-  if ((fields & kFieldHidden) != 0 && in.hidden.data != nullptr) {
-    if (!is_floating(in.hidden.dtype)) return "hidden states must be float32, float16 or bfloat16";
-    if (bad_rows(in.hidden)) return "hidden states must be a tensor of [rows, width], with as many rows as the ids";
-  }
-  return nullptr;
-}
-
 void StepRecorder::complain(Binding& b, const char* problem, uint32_t fields, uint32_t wanted) noexcept {
   if (fields != 0) ring_.lose(Loss::kBadInput, 0, 1, static_cast<uint64_t>(step_rows_));
   if (wanted != 0) ring_.add(kLostForCaptures, 1);
-  if (b.complained.exchange(true, std::memory_order_relaxed)) return;
+  constexpr uint8_t kOfTrace = 1, kOfCaptures = 2;
+  const auto lost = static_cast<uint8_t>((fields != 0 ? kOfTrace : 0) | (wanted != 0 ? kOfCaptures : 0));
+  const int untold = lost & ~b.complained.fetch_or(lost, std::memory_order_relaxed);
+  if (untold == 0) return;
+  const char* what = untold == kOfTrace ? "is not recorded" : "is not captured";
+  if (untold == (kOfTrace | kOfCaptures)) what = "is neither recorded nor captured";
   try {
-    messages_.post("layer " + std::to_string(b.layer) + " is not recorded: " + problem);
+    messages_.post("layer " + std::to_string(b.layer) + " " + what + ": " + problem);
   } catch (...) {
   }
 }
@@ -440,18 +372,15 @@ Descriptor* StepRecorder::reserve(LaneProducer& lane, uint64_t bytes, bool of_la
 Descriptor* StepRecorder::wait_for_room(LaneProducer& lane, uint64_t bytes, bool of_layer) noexcept {
   streamed_.store(true, std::memory_order_relaxed);
   lane.want(bytes);
-  const int64_t start = monotonic_ns();
+  Wait wait(patience(kStallLimitNs));
   Descriptor* d = nullptr;
-  int64_t waited = 0;
-  do {
-    sleep_ns(kRetryNs);
+  while (d == nullptr && !closed_.load(std::memory_order_relaxed) && wait.again()) {
     d = lane.reserve(bytes);
-    waited = monotonic_ns() - start;
     // Another thread may have lost the step meanwhile.
     if (of_layer && failed_.load(std::memory_order_relaxed) >= 0) break;
-  } while (d == nullptr && has_patience(waited, kStallLimitNs) && !closed_.load(std::memory_order_relaxed));
+  }
   lane.want(0);
-  ring_.add(kBlockedNs, static_cast<uint64_t>(waited));
+  ring_.add(kBlockedNs, static_cast<uint64_t>(wait.ns()));
   return d;
 }
 

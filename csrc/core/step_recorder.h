@@ -21,27 +21,13 @@
 
 #include "core/bindings.h"
 #include "core/lane.h"
+#include "core/layer_input.h"
 #include "core/messages.h"
 #include "core/ring.h"
-#include "core/rows.h"
 
 namespace moe_native {
 
-enum Field : uint32_t {
-  kFieldIds = 1,
-  kFieldWeights = 2,
-  kFieldLogits = 4,
-  kFieldHidden = 8,
-  kFieldTokens = 16,
-};
-
 enum class Overflow { kDrop, kBlock };
-
-// Rows of a router's tensors that are real tokens; the rest is padding.
-struct RowSpan {
-  int64_t start = 0;
-  int64_t count = 0;
-};
 
 // In tensors of `tensor_rows` rows (any number, where it is negative), those from `start` on are the step's rows from
 // `first` on, `count` of them.
@@ -52,13 +38,6 @@ struct Place {
   int64_t count = 0;
 };
 inline constexpr size_t kMostPlaces = 8;
-
-struct LayerInput {
-  RowsView ids;
-  RowsView weights;
-  RowsView logits;
-  RowsView hidden;
-};
 
 struct StepTable {
   std::span<const Run> runs;
@@ -136,14 +115,13 @@ class StepRecorder {
   // The fields of a layer that the trace has of the open step, and those that captures want; 0: not this layer.
   uint32_t traced(const Binding& binding) const noexcept;
   uint32_t captured(const Binding& binding) const noexcept;
-  static const char* unusable(const LayerInput& input, uint32_t fields) noexcept;
-  // `fields` of the trace and `wanted` by captures are lost.
+  // `fields` of the trace and `wanted` by captures are lost. Each loss of a layer is said once.
   [[gnu::cold]] void complain(Binding& binding, const char* problem, uint32_t fields, uint32_t wanted) noexcept;
   const Place* placed(uint64_t step, int64_t tensor_rows) const noexcept;
   // `of_layer`: there is no use in waiting once the step is lost.
   Descriptor* reserve(LaneProducer& lane, uint64_t bytes, bool of_layer) noexcept;
   [[gnu::cold]] Descriptor* wait_for_room(LaneProducer& lane, uint64_t bytes, bool of_layer) noexcept;
-  bool has_patience(int64_t waited_ns, int64_t without_captures_ns) const noexcept;
+  int64_t patience(int64_t without_captures_ns) const noexcept;
   [[gnu::cold]] void fail(Loss cause) noexcept;
   void close_step(uint64_t step, const StepTable* table) noexcept;
   void count_silent_layers(uint64_t step) noexcept;

@@ -161,10 +161,13 @@ def _generate(llm: Any, prompts: list[Any], params: list[Any], options: dict[str
         with contextlib.suppress(Exception):  # the first error is the one to tell
             llm.llm_engine.abort_request([str(number) for number in range(first, _next_number(llm))])
         raise
-    if len(outputs) < len(prompts):
-        raise CaptureError(f"vLLM returned {len(outputs)} outputs for {len(prompts)} prompts")
     # Whatever else the engine had under way is finished and returned as well, sorted by number: ours are the newest.
-    return list(outputs[-len(prompts) :])
+    ours = list(outputs[-len(prompts) :])
+    earlier = {str(number) for number in range(first)}
+    returned = sum(output.request_id not in earlier for output in ours)
+    if returned < len(prompts):
+        raise CaptureError(f"vLLM returned {returned} outputs for {len(prompts)} prompts: was a request aborted?")
+    return ours
 
 
 def _next_number(llm: Any) -> int:
@@ -178,7 +181,10 @@ async def _agenerate(llm: Any, prompts: list[Any], params: list[Any], name: str,
     async def one(number: int) -> Any:
         params[number].output_kind = RequestOutputKind.FINAL_ONLY
         stream = llm.generate(prompts[number], params[number], f"{name}-{number}", **options)
-        return [output async for output in stream][-1]
+        outputs = [output async for output in stream]
+        if not outputs:
+            raise CaptureError(f"vLLM returned no output for prompt {number}: was its request aborted?")
+        return outputs[-1]
 
     tasks = [asyncio.ensure_future(one(number)) for number in range(len(prompts))]
     try:

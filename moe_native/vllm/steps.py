@@ -179,10 +179,12 @@ class Steps:
 
     def end_as_nobodys(self, scheduler_output: Any) -> bool:
         """Commit the step after `end` raised: rows that we cannot tell apart are nobody's, rather than somebody
-        else's. True."""
+        else's. Those that were announced can be told apart. True."""
         self._fates.missed()
-        if self._announced is None:
-            self._recorder.captures.lose_step()
+        if self._announced is not None:
+            self._recorder.end_step(self._announced)
+            return True
+        self._recorder.captures.lose_step()
         rows = scheduler_output.total_num_scheduled_tokens
         runs = np.array([(UNKNOWN, UNKNOWN, rows, 0, 0)], RUN_DTYPE)
         self._recorder.end_step(runs if self._forward is None else self._forward.cut(runs, None)[0])

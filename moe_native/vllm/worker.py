@@ -338,18 +338,21 @@ class WorkerRecording:
             model = self.worker.model_config.model
             log.warning("moe_native: nothing is recorded: %s has no MoE layer that is known here", model)
             return
-        asked = self.recorder.layers
+        trace = self.recorder.directory
+        asked = self.recorder.layers if trace else None  # a capture says itself which it wants
         enabled = [layer.layer for layer in layers if not layer.obstacle and (asked is None or layer.layer in asked)]
         if self._bound and not enabled:
             last = max(layer.layer for layer in layers)
-            log.warning("moe_native: nothing is recorded: none of the model's layers, up to %d, is asked for", last)
-            return
-        where = f"into {self.recorder.directory}" if self.recorder.directory else "when they are captured"
-        log.info("moe_native: recording %d of %d MoE layers %s", len(enabled), len(layers), where)
+            what = "nothing is recorded into the trace"
+            log.warning("moe_native: %s: none of the model's layers, up to %d, is asked for", what, last)
+        else:
+            where = f"into {trace}" if trace else "when they are captured"
+            log.info("moe_native: recording %d of %d MoE layers %s", len(enabled), len(layers), where)
         missed = [layer for layer in layers if layer.obstacle]
         if missed:
+            lost = "neither recorded nor captured" if trace else "not captured"
             example = f"layer {missed[0].layer}: {missed[0].obstacle}"
-            log.warning("moe_native: %d MoE layers are not recorded, such as %s", len(missed), example)
+            log.warning("moe_native: %d MoE layers are %s, such as %s", len(missed), lost, example)
 
     def _close(self) -> None:
         global _bindings_in_use

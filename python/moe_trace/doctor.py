@@ -11,14 +11,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from moe_trace import settings
+from moe_trace.doctor_settings import ON, check_captures, check_log, check_settings, log_wanted
 from moe_trace.errors import TraceError
+from moe_trace.finding import Finding
 from moe_trace.ring import Ring
 from moe_trace.show import LAG, ranges
 from moe_trace.trace import ASK_THE_DOCTOR, Trace
@@ -65,17 +67,6 @@ REMEDIES = {
 }
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report: how it stands, what was found, and what to do about it (empty for nothing). `lossy` is
-    what a trace lacks, `problem` what keeps something from being recorded.
-    """
-
-    status: Literal["ok", "warning", "lossy", "problem"]
-    what: str
-    todo: str = ""
-
-
 def examine(trace: str | Path | None = None, environment: Mapping[str, str] | None = None) -> Iterator[Finding]:
     """All checks, in the order in which recording needs them; those of the trace are made when one is given."""
     env = os.environ if environment is None else environment
@@ -85,7 +76,10 @@ def examine(trace: str | Path | None = None, environment: Mapping[str, str] | No
         replace(f, status="warning") if trace is not None and f.what.startswith(NO_TORCH) else f for f in of_package
     )
     yield from check_vllm(env)
-    yield from check_settings(env, " ".join(f.what for f in of_package if f.status == "problem"))
+    refused = " ".join(f.what for f in of_package if f.status == "problem")
+    yield from check_settings(env, refused)
+    yield from check_captures(env, refused)
+    yield from check_log(env)
     yield from check_trace_directory(env)
     yield from check_ring_directory(env)
     yield from check_rings(env)
@@ -157,29 +151,20 @@ def check_vllm(env: Mapping[str, str]) -> Iterator[Finding]:
         )
 
 
-def check_settings(env: Mapping[str, str], refused: str = "") -> Iterator[Finding]:
-    """Which settings are there, and which variables look like ours and are not? refused: what check_package said of
-    settings that the recorder cannot use.
-    """
-    strange = settings.unknown(env)
-    for name, near in strange.items():
-        todo = f"did you mean {near}?" if near else "the settings are listed in the README; remove it"
-        yield Finding("warning", f"{name} is set, but is no setting of moe_native: it has no effect", todo)
-    ours = sorted(
-        setting.name for setting in settings.SETTINGS if env.get(setting.name) and setting.name not in refused
-    )
-    if ours and not strange:
-        yield Finding("ok", f"settings: {', '.join(f'{name}={env[name]}' for name in ours)}")
-
-
 def check_trace_directory(env: Mapping[str, str]) -> Iterator[Finding]:
     """Is a trace asked for, can it be written, and is there room?"""
     name = env.get("MOE_NATIVE_TRACE", "")
+    if not name and log_wanted(env):  # for which there is one beside the file
+        return
+    if not name and env.get("MOE_NATIVE_CAPTURE", "").lower() in ON:
+        yield Finding("ok", "MOE_NATIVE_TRACE is not set here: what is captured is recorded, and there is no trace")
+        return
     if not name:
         yield Finding(
             "warning",
             "MOE_NATIVE_TRACE is not set here: a server started from this environment records nothing",
-            "set MOE_NATIVE_TRACE=DIR, or moe_native in vLLM's --additional-config",
+            "set MOE_NATIVE_TRACE=DIR, or moe_native in vLLM's --additional-config; to capture prompts without a "
+            "trace, MOE_NATIVE_CAPTURE=1",
         )
         return
     directory = Path(name).expanduser()

@@ -1,7 +1,9 @@
 // What the recorder puts into the ring for captures.
 #include <atomic>
 #include <chrono>
+#include <string>
 #include <thread>
+#include <vector>
 
 #include "capture/fake_router.h"
 #include "core/step_recorder_fixture.h"
@@ -159,7 +161,11 @@ TEST_F(StepRecorderCaptureTest, TensorsAndThreadsThatOnlyCapturesLackAreNoLossOf
   EXPECT_EQ(t.ring.losses(Loss::kBadInput).rows, 6u);
   EXPECT_EQ(t.ring.losses(Loss::kNoLane).layers, 1u);
   EXPECT_EQ(t.ring.losses(Loss::kNoLane).rows, 3u);
-  EXPECT_EQ(messages.take().size(), 3u) << "but it is said, once a layer";
+  const std::string why = ": expert ids must be int32, int64, uint16 or uint32";
+  const std::vector<std::string> said = {"layer 0 is neither recorded nor captured" + why,
+                                         "layer 1 is not captured" + why,
+                                         "layer 2 is neither recorded nor captured" + why};
+  EXPECT_EQ(messages.take(), said) << "once a layer";
 }
 
 TEST_F(StepRecorderCaptureTest, WhatOneOfBothDoesNotAskForCostsItNothing) {
@@ -193,6 +199,9 @@ TEST_F(StepRecorderCaptureTest, WhatOneOfBothDoesNotAskForCostsItNothing) {
   EXPECT_EQ(layer_of(kFieldLogits, kFieldLogits)->kind, RecordKind::kStep);
   EXPECT_EQ(t.ring.losses(Loss::kBadInput).layers, 2u);
   EXPECT_EQ(count(kLostForCaptures), 2u);
+  const std::string why = ": router logits must be a tensor of [rows, experts], with as many rows as the ids";
+  const std::vector<std::string> said = {"layer 0 is not captured" + why, "layer 0 is not recorded" + why};
+  EXPECT_EQ(messages.take(), said) << "each loss once";
   expect_adds_up();
 }
 

@@ -337,6 +337,56 @@ def test_what_cannot_be_attributed_early_is_nobodys_in_the_end(worker: Worker) -
     assert rows_of(worker, found[0, 0], A, range(3))
 
 
+def test_announced_rows_of_a_step_that_cannot_be_ended_are_captured_all_the_same(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the drain thread comes before the step ends or, as most often, only afterwards."""
+    batch = worker.steps._batch
+
+    def gone() -> Any:
+        if worker.steps._announced is not None:
+            raise LookupError("a fault of ours")
+        return batch()
+
+    memory = worker.open()
+    monkeypatch.setattr(worker.steps, "_batch", gone)
+    worker.runner.input_batch = SimpleNamespace(req_ids=[A], num_reqs=1)
+    for step in range(4):
+        rows = range(3 * step, 3 * step + 3)
+        worker.runner.positions = worker.runner.input_ids = torch.tensor(rows)
+        output = scheduled([(A, rows)], [] if step else [new(A, 12)], set())
+        assert worker.steps.begin(output)
+        worker.steps.announce()
+        worker.model.forward([(A, rows)])
+        if step % 2:
+            assert worker.recorder._core.catch_up(60)
+        with pytest.raises(LookupError, match="a fault of ours"):
+            worker.steps.end(output)
+        assert worker.steps.end_as_nobodys(output)
+    assert rows_of(worker, worker.close(memory)[0][0, 0], A, range(12))
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_step_that_is_given_up_after_it_was_announced_is_a_problem_of_the_capture(
+    worker: Worker, taken: bool
+) -> None:
+    """Whatever the drain thread had taken of it: rows of some layers, of all, or none."""
+    memory = worker.open()
+    worker.step((A, range(3)), new=[new(A)])
+    worker.runner.input_batch = SimpleNamespace(req_ids=[A], num_reqs=1)
+    worker.runner.positions = worker.runner.input_ids = torch.tensor([3])
+    assert worker.steps.begin(scheduled([(A, range(3, 4))], [], set()))
+    worker.steps.announce()
+    rows = [worker.model.rows(field, 0, A, [3]) for field in ("ids", "weights", "logits", "hidden")]
+    worker.recorder.record(worker.model.bindings[0], *rows)  # the second layer raises
+    if taken:
+        assert worker.recorder._core.catch_up(60)
+    worker.steps.abort()
+    worker.step((A, range(4, 6)))
+    found, _ = worker.close(memory, problem="1 step or layer could not be captured; the log says why")
+    assert {column.spans for column in found[0, 0].values()} == {((0, 3), (4, 6))}
+
+
 def test_steps_without_captures_are_not_announced() -> None:
     engine = StepsEngine("older")
     engine.recorder.announce = lambda runs: pytest.fail("it was announced")  # type: ignore[attr-defined]

@@ -224,6 +224,36 @@ def test_layers_that_cannot_be_seen() -> None:
     made.shutdown()
 
 
+@pytest.mark.parametrize(("traced", "lost"), [(True, "neither recorded nor captured"), (False, "not captured")])
+def test_the_log_says_what_is_lost_of_a_layer_that_cannot_be_seen(
+    traced: bool, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if traced:
+        monkeypatch.setenv("MOE_NATIVE_TRACE", str(tmp_path / "t"))
+    made = Other()
+    made.runners = (
+        Runner("model.layers.3.mlp.experts", Router()),
+        Runner("model.layers.4.mlp.experts", Router(), monolithic=True),
+    )
+    ready(made).shutdown()
+    assert f"1 MoE layers are {lost}, such as layer 4: " in caplog.text
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_the_traces_layers_are_not_those_of_captures(
+    traced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MOE_NATIVE_LAYERS", "7")
+    if traced:
+        monkeypatch.setenv("MOE_NATIVE_TRACE", str(tmp_path / "t"))
+    caplog.set_level("INFO", "moe_native")
+    made = ready()
+    nothing = "nothing is recorded into the trace: none of the model's layers, up to 2, is asked for"
+    assert (nothing if traced else "recording 2 of 2 MoE layers when they are captured") in caplog.text
+    assert captures(made)
+    made.shutdown()
+
+
 def test_routers_that_could_not_be_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_native.vllm.routers.find", lambda *_: 1 / 0)
     assert said(ready()) == "its routers could not be bound: see the engine's log"

@@ -165,30 +165,17 @@ def test_the_filter_is_read_as_vllm_reads_it(vllm, allowed, monkeypatch):
     assert (not only(findings(doctor.check_vllm, {**ENV, "VLLM_PLUGINS": allowed}), "problem")) == let_through
 
 
-# -- settings
-
-
-def test_typing_errors_are_named_with_the_near_setting():
-    env = {"MOE_NATIVE_TRACE": "/t", "MOE_NATIVE_FEILDS": "ids", "MOE_NATIVE_XYZZY": "1", "MOE_NATIVE_READER_ONLY": "1"}
-    found = findings(doctor.check_settings, env)
-    assert (found[0].status, found[0].todo) == ("warning", "did you mean MOE_NATIVE_FIELDS?")
-    assert len(found) == 2 and "MOE_NATIVE_XYZZY" in found[1].what
-
-
-def test_settings_are_listed():
-    (found,) = findings(doctor.check_settings, {"MOE_NATIVE_TRACE": "/t", "MOE_NATIVE_MAX_BYTES": "2GiB"})
-    assert found.status == "ok" and "MOE_NATIVE_MAX_BYTES=2GiB" in found.what
-    env = {"MOE_NATIVE_TRACE": "/t", "MOE_NATIVE_FIELDS": "x"}
-    (found,) = findings(doctor.check_settings, env, "MOE_NATIVE_FIELDS is 'x'")
-    assert found.what == "settings: MOE_NATIVE_TRACE=/t", "what is refused is not ok"
-
-
 # -- directories
 
 
 def test_no_trace_is_asked_for():
     (found,) = findings(doctor.check_trace_directory, ENV)
-    assert found.status == "warning" and "records nothing" in found.what
+    assert found.status == "warning" and "records nothing" in found.what and "MOE_NATIVE_CAPTURE=1" in found.todo
+    (found,) = findings(doctor.check_trace_directory, {"MOE_NATIVE_CAPTURE": "true"})
+    assert found.status == "ok" and "there is no trace" in found.what
+    assert not findings(doctor.check_trace_directory, {"VLLM_LOG_MOE": "a.jsonl"})
+    (found,) = findings(doctor.check_trace_directory, {"VLLM_LOG_MOE": "0", "MOE_NATIVE_CAPTURE": "0"})
+    assert found.status == "warning"
 
 
 def test_a_trace_that_is_yet_to_be_made(tmp_path):
