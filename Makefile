@@ -34,11 +34,11 @@ test-cpp: $(VENV)/tools
 	$(VENV)/bin/cmake --build build/cpp
 	$(VENV)/bin/ctest --test-dir build/cpp --output-on-failure --no-tests=error -j2
 
-# From tests/, so that Python imports what is installed and not this checkout. Engines two at a time, a file of tests each;
-# 5: PYTEST has chosen none. Chromium: the report is tried in it.
+# From tests/, so that Python imports what is installed and not this checkout. Two tests at a time; of those with engines a
+# file of tests each. 5: PYTEST has chosen none. Chromium: the report is tried in it.
 test-python: $(VENV)/installed $(VENV)/tools $(VENV)/vision
 	.ci/system-packages chromium:=chromium
-	cd tests && ../$(PY) -m pytest python -m 'not vllm' $(PYTEST) || [ $$? = 5 ]
+	cd tests && ../$(PY) -m pytest python -m 'not vllm' -n 2 $(PYTEST) || [ $$? = 5 ]
 	cd tests && ../$(PY) -m pytest python -m vllm -n 2 --dist loadfile $(PYTEST) || [ $$? = 5 ]
 
 test-vllm: $(VENV)/installed $(VENV)/tools
