@@ -23,6 +23,8 @@ def balance(
     value at an even load, a dashed line; worst: 1 where large values are uneven, -1 where small ones are. The most
     uneven layer is marked and named. Raises ValueError where no layer has a value.
     """
+    from matplotlib.ticker import MaxNLocator
+
     found = np.asarray(values, dtype=np.float64)
     if found.shape != (len(layers),):
         raise ValueError(f"{len(layers)} layers with values of the shape {found.shape}: give one value a layer")
@@ -42,16 +44,19 @@ def balance(
         axes.annotate(
             f"layer {layers[odd]}: {found[odd]:.4g}",
             xy=(odd, found[odd]),
-            xytext=(7 if right else -7, 0),
+            xytext=(5 if right else -5, 5 * worst),  # on the side where no other dot is
             textcoords="offset points",
             ha="left" if right else "right",
-            va="center",
+            va="bottom" if worst > 0 else "top",
             fontsize=9,
             color=style.TOP,
             fontweight="bold",
         )
     room = (high - low) * 0.12 or abs(high) * 0.1 or 1.0
-    axes.set_ylim(low - room if low or even is None else 0, high + room)  # nothing is below an even load of 0
+    below, above = (room, 2 * room) if worst > 0 else (2 * room, room)  # twice where the name of a layer is
+    axes.set_ylim(max(low - below, 0) if low >= 0 else low - below, high + above)  # no metric of counts is below 0
+    if (found[~np.isnan(found)] % 1 == 0).all():
+        axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_xlim(-0.7, len(layers) - 0.3)
     shown = style.ticks(len(layers))
     axes.set_xticks(shown, [str(layers[i]) for i in shown])

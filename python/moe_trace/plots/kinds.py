@@ -213,13 +213,14 @@ def _coactivation(asked: _Asked) -> Figure:
         raise ValueError(f"there is nothing to draw: no rows of layer {layer['layer']}. {' '.join(notes)}")
     if not expected.any():
         raise ValueError(f"layer {layer['layer']} chooses one expert a token: there are no pairs to draw")
-    figure = style.new_figure(0, height=8.2)
+    more = min(max(len(counts) - 128, 0) / 64, 6)  # as much higher as wider
+    figure = style.new_figure(len(counts), height=8.2 + more)
     left, right = figure.subplots(1, 2, width_ratios=[3.2, 1])
     together(left, lift, seen, expected)
     strongest_pairs(right, lift, seen, expected)
     lack = " · rows left out" if notes else ""
     by_chance = "by chance: as often as each is chosen, never one twice"
-    style.title(left, title, f"{asked.rows()}{asked.note}{lack} · {by_chance}")
+    style.title(left, title, f"{layer['rows']:,} rows{asked.note}{lack} · {by_chance}")
     return figure
 
 

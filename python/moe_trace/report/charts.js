@@ -141,7 +141,7 @@ const short = (x) => (x >= 1 ? String(+x.toPrecision(3)) : `1/${+(1 / x).toPreci
 class MapChart extends Chart {
   tall(width) {
     this.left = 34;
-    this.top = 4;
+    this.top = 8;
     this.cellWidth = (width - this.left - 4) / this.columns;
     const square = this.square ? Math.min(width - this.left - 4, 640) / this.rows : 0;
     if (this.square) this.cellWidth = square;

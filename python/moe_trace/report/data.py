@@ -143,7 +143,8 @@ def _time(data: Data, selection: Selection, numbers: list[int], progress: Advanc
         data.damage.append(str(error))
         return
     unit, name = unit_of(edges[-1])
-    written = [_written(edge / unit) for edge in edges]
+    digits = max(math.ceil(1 - math.log10((edges[1] - edges[0]) / unit)), 0)  # two of a window's width
+    written = [f"{edge / unit:.{digits}f}" for edge in edges]
     imbalance, tops = [], []
     for number, counts in zip(numbers, data.counts, strict=True):
         table = windows[number]
@@ -198,10 +199,6 @@ def _pairs(data: Data, layer: int, seen: Ints) -> None:
         "looked_at": int(np.isfinite(credible[upper]).sum()),
         "said": [{"a": a, "b": b, "tokens": int(seen[a, b]), "lift": float(lift[a, b])} for a, b in strongest[:1]],
     }
-
-
-def _written(value: float) -> str:
-    return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
 
 
 def _number(value: Any) -> float | None:

@@ -43,6 +43,16 @@ def test_balance_marks_the_most_uneven_layer(axes):
     assert axes.get_ylim()[0] < 0.5 and axes.get_ylim()[1] > 1
 
 
+def test_balance_counts_in_whole_numbers_and_keeps_the_name_off_the_dots(axes):
+    plots.balance(axes, [3, 7, 9, 10], [1, 2, 1, 2], "dead experts", even=0)
+    assert all(tick % 1 == 0 for tick in axes.get_yticks())
+    axes.figure.canvas.draw()
+    (text,) = axes.texts
+    box = text.get_window_extent()
+    assert box.y0 > max(axes.transData.transform((at, v))[1] for at, v in enumerate([1, 2, 1, 2]))
+    assert box.y1 < axes.bbox.y1
+
+
 def test_balance_marks_none_where_all_are_alike(axes):
     plots.balance(axes, [3, 7], [2, 2], "dead experts", even=0)
     assert not axes.texts and axes.get_ylim()[0] == 0

@@ -73,6 +73,12 @@ def test_it_opens_without_an_error_or_a_request(opened):
     assert page.js("document.documentElement.scrollWidth <= innerWidth")
 
 
+def test_every_column_of_the_layers_is_in_sight(opened):
+    _, _, page = opened
+    page.js("document.querySelector('#layers').scrollIntoView()")
+    assert page.js("(({ scrollWidth, clientWidth }) => scrollWidth <= clientWidth)(layers.parentElement)")
+
+
 def test_pointing_at_the_map_reads_the_cell(opened):
     trace, _, page = opened
     counts = trace.counts()
