@@ -174,10 +174,11 @@ def test_colour_and_progress_only_for_a_person(trace, tmp_path):
         process.wait()
     text = os.read(main, 1 << 16)
     assert b"\x1b[1m" in text and b"losses" in text
-    out = tmp_path / "rows.jsonl"
-    with subprocess.Popen([*command, "export", str(trace), "-o", str(out)], stdout=-3, stderr=side, env=env) as process:
-        process.wait()
-    assert b"exporting" in os.read(main, 1 << 16) and out.exists()
+    for name, file, said in (("export", "rows.jsonl", b"exporting"), ("report", "report.html", b"reading")):
+        out = tmp_path / file
+        with subprocess.Popen([*command, name, str(trace), "-o", str(out)], stdout=-3, stderr=side, env=env) as process:
+            process.wait()
+        assert said in os.read(main, 1 << 16) and out.exists()
     os.close(main)
     os.close(side)
 
