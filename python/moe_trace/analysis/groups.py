@@ -29,6 +29,9 @@ class GroupCounts(Accumulator):
     """How often each expert was chosen, by group of requests: what intervals over requests are made of where there are
     too many for `RequestCounts`. Requests of one name are in one group. Holds 2 KB for each expert of each layer.
 
+    Args:
+        layers: those that are counted; None for all.
+
     Attributes:
         counts: by layer, int64 `[GROUPS, E]`.
         rows: by layer, how many tokens.
@@ -36,6 +39,7 @@ class GroupCounts(Accumulator):
         nobodys: tokens that belong to no request: in `rows`, and in no count.
     """
 
+    layers: tuple[int, ...] | None = None
     counts: dict[int, Ints] = field(init=False, default_factory=dict)
     rows: dict[int, int] = field(init=False, default_factory=dict)
     width: int = field(init=False, default=0)
@@ -48,7 +52,7 @@ class GroupCounts(Accumulator):
     def add(self, part: Part) -> None:
         groups = np.array([group_of(name) for _, _, name, _ in part.requests] + [-1], np.int64)[part.request]
         self.nobodys += int((groups < 0).sum())
-        for layer in part.layers:
+        for layer in part.layers if self.layers is None else set(self.layers).intersection(part.layers):
             ids = part.ids(layer)
             self.width = max(self.width, ids.shape[1])
             self.rows[layer] = self.rows.get(layer, 0) + part.rows

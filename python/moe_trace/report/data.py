@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace import metrics
-from moe_trace.analysis import Coactivation, PhaseCounts, counts_over_time
+from moe_trace.analysis import Coactivation, GroupCounts, PhaseCounts, counts_over_time
 from moe_trace.errors import DamagedTrace
 from moe_trace.plots import comparison, counted, pairs, style
 from moe_trace.plots.kinds import METRICS
@@ -39,6 +39,7 @@ class Data:
         sets: sets of tokens, the first is all: `{"name", "counts"}`.
         phases, time, pairs: of the sections of these names; None where they cannot be shown, and `why` says why.
         test: whether prefill and decode differ.
+        sure: the 95 % interval over requests of the share of the most loaded expert; None where there is none.
         why: for a section, a sentence to be shown in its place, or beside what it shows.
         damage: a sentence for each part of the rows that should be there and could not be read.
     """
@@ -50,6 +51,7 @@ class Data:
     time: dict[str, Any] | None = None
     pairs: dict[str, Any] | None = None
     test: SwapTest | None = None
+    sure: tuple[float, float] | None = None
     why: dict[str, str] = field(default_factory=dict)
     damage: list[str] = field(default_factory=list)
 
@@ -58,6 +60,13 @@ class Data:
         """Index of the layer with the lowest normalised entropy."""
         known = [(layer["normalized_entropy"], i) for i, layer in enumerate(self.layers)]
         return min((pair for pair in known if pair[0] is not None), default=(0, 0))[1]
+
+    @property
+    def busiest(self) -> tuple[int, int]:
+        """Index of the layer with the largest share of an expert, times its number of experts; and that expert."""
+        share = [float(metrics.imbalance(c)) for c in self.counts]
+        at = max(range(len(share)), key=share.__getitem__)
+        return at, self.layers[at]["top"][0]["expert"]
 
     def object(self) -> dict[str, Any]:
         """What is embedded in the page."""
@@ -166,9 +175,15 @@ def _rows(data: Data, selection: Selection, jobs: int, progress: Advance | None)
     """What is made from rows, in one pass over them."""
     layer = data.layers[data.least_even]["layer"]
     tested = [data.layers[i]["layer"] for i in data.phases["rows"]] if data.phases else []
-    together, phases = Coactivation(layers=(layer,)), PhaseCounts()
-    wanted = [together, phases] if tested else [together]
-    data.damage += counted.count(selection.layer({layer, *tested}), *wanted, jobs=jobs, progress=progress)
+    at, expert = data.busiest
+    busiest = data.layers[at]["layer"]
+    together, phases, groups = Coactivation(layers=(layer,)), PhaseCounts(), GroupCounts(layers=(busiest,))
+    wanted = [together, groups, phases] if tested else [together, groups]
+    said = counted.count(selection.layer({layer, busiest, *tested}), *wanted, jobs=jobs, progress=progress)
+    data.damage += [note for note in said if note not in groups.notes()]  # rows of nobody are whole
+    if len(groups.groups(busiest)) > 1:
+        interval = groups.shares(busiest)
+        data.sure = float(interval.low[expert]), float(interval.high[expert])
     if tested:
         data.test = swap_test({number: phases.counts(number) for number in tested})
     _pairs(data, layer, counted.padded(together.counts.get(layer), len(data.counts[data.least_even])))

@@ -29,7 +29,7 @@ def sentences(summary: Mapping[str, Any], data: Data) -> Iterator[str]:
         return
     yield _size(summary, layers)
     yield from _evenness(summary, layers)
-    yield _busiest(layers)
+    yield _busiest(data)
     yield _dead(layers)
     invalid = [layer for layer in layers if layer["invalid"]]
     if invalid:
@@ -86,12 +86,14 @@ def even_by_chance(experts: int, assignments: int) -> float:
     return max(1 - (experts - 1) / (2 * assignments * math.log(experts)), 0.0) if experts > 1 else 1.0
 
 
-def _busiest(layers: Sequence[Mapping[str, Any]]) -> str:
-    layer = max(layers, key=lambda layer: layer["top"][0]["share"] * layer["experts"])
-    top = layer["top"][0]
+def _busiest(data: Data) -> str:
+    at, expert = data.busiest
+    layer = data.layers[at]
+    share = layer["top"][0]["share"]
+    sure = f" (95 % interval over requests: {data.sure[0]:.2%} to {data.sure[1]:.2%})" if data.sure else ""
     return (
-        f"The most loaded expert is {top['expert']} of layer {layer['layer']}: {top['share']:.2%} of its assignments, "
-        f"{top['share'] * layer['experts']:.2f} times the even load."
+        f"The most loaded expert is {expert} of layer {layer['layer']}: {share:.2%} of its assignments{sure}, "
+        f"{share * layer['experts']:.2f} times the even load."
     )
 
 

@@ -12,7 +12,7 @@ import segment_bytes as sb
 import skewed
 
 import moe_trace
-from moe_trace import metrics, report
+from moe_trace import analysis, metrics, report
 from moe_trace.report import findings
 from moe_trace.summary import summarize
 
@@ -154,6 +154,20 @@ def test_the_data_are_the_counts(trace, page):
     assert data["pairs"]["layer"] == least["layer"]
     for place, layer in enumerate(data["layers"]):
         assert layer["imbalance"] == float(metrics.imbalance(trace.counts()[place]))
+
+
+def test_the_most_loaded_expert_has_an_interval_over_requests(trace, page):
+    pattern = r"is (\d+) of layer (\d+): ([\d.]+)% .*?requests: ([\d.]+)% to ([\d.]+)%\)"
+    (said,) = re.findall(pattern, page.texts["findings"])
+    expert, layer = int(said[0]), int(said[1])
+    loads = trace.counts() / trace.counts().mean(axis=1, keepdims=True)
+    assert (trace.layers.index(layer), expert) == np.unravel_index(loads.argmax(), loads.shape)
+    found = analysis.RequestCounts()
+    analysis.fill(trace.layer([layer]), found)
+    share = found.shares(layer)
+    assert float(said[2]) == pytest.approx(100 * share.value[expert], abs=0.006)
+    ends = 100 * share.low[expert], 100 * share.high[expert]
+    assert (float(said[3]), float(said[4])) == pytest.approx(ends, abs=0.2)  # other draws
 
 
 def test_findings_are_the_numbers(trace, page):
