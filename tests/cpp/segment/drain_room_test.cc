@@ -43,6 +43,37 @@ TEST_F(DrainRoomTest, ARecordOfUpToHalfOfTheArenaIsNeverWaitedForInVain) {
   EXPECT_EQ(steps_in(blocks()), static_cast<uint64_t>(kSteps));
 }
 
+// To write what holds the room would be in vain until the disk is tried again, and would lose it.
+TEST_F(DrainRoomTest, WhileTheDiskTakesNothingNoStepIsLostForRoom) {
+  RecordingOptions o = options(256 << 10);
+  o.overflow = Overflow::kBlock;
+  o.drain.segment_bytes = 1;  // a segment a block
+  Recording recording(o);
+  const auto arena = static_cast<int64_t>(recording.ring().lane(0).arena_bytes);
+  const std::vector<Binding*> layers = test::bind_layers(recording.steps(), 1, 60, 1);
+  ASSERT_TRUE(record_step(recording, layers, Routed(arena * 42 / 100 / 5, 1, 60)));
+  ASSERT_TRUE(recording.drain().flush(60));
+  const auto start = std::chrono::steady_clock::now();
+  fs::rename(rank, rank + "-gone");
+  ASSERT_TRUE(record_step(recording, layers, Routed(4, 1, 60)));
+  ASSERT_FALSE(recording.drain().flush(60));  // this one is lost, and it is tried again in a second
+  ASSERT_TRUE(record_step(recording, layers, Routed(arena * 15 / 100 / 5, 1, 60)));
+  const RowSpan span{0, 4};
+  ASSERT_EQ(recording.steps().begin_step({&span, 1}), Begun::kAdmitted);
+  std::thread model([&] {
+    const std::vector<moe_native::Run> runs(static_cast<size_t>(arena * 48 / 100) / sizeof(moe_native::Run));
+    StepTable table;
+    table.runs = runs;
+    EXPECT_TRUE(recording.steps().end_step(table));
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  fs::rename(rank + "-gone", rank);
+  const bool in_time = std::chrono::steady_clock::now() - start < std::chrono::milliseconds(900);
+  model.join();
+  if (!in_time) GTEST_SKIP() << "the machine is too busy: the disk was tried again too early";
+  EXPECT_EQ(recording.ring().losses(Loss::kIoError).steps, 1u);
+}
+
 // What keeps the room that is waited for.
 enum class Held { kByOpenStep, kByStepsThatWaitToBeWritten, kByAbortedSteps };
 
