@@ -137,7 +137,9 @@ class SegmentWriter:
         self._open_path = segment.path
         self.path = segment.path.with_suffix("") if segment.path.suffix == ".open" else segment.path
         losses = segment.losses
-        self._start(segment.whole_to, np.zeros(0, fmt.TABLES[fmt.LOSSES]) if losses is None else losses)
+        # Killed before its first block, a segment ends with its metadata, wherever that is.
+        whole_to = fmt.align(segment.whole_to)
+        self._start(whole_to, np.zeros(0, fmt.TABLES[fmt.LOSSES]) if losses is None else losses)
         for block in segment.blocks():
             self._index += block.index_items
             self._next_block = max(self._next_block, block.number + 1)

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
+import ring_bytes as rb
 import segment_bytes as sb
-from crashes import META, Crash, check, request_notes
+from crashes import META, Crash, both_ways, check, request_notes
 
 import moe_trace
 
@@ -186,3 +187,18 @@ def test_a_report_says_what_was_done():
     two = moe_trace.Recovery([directory] * 2, 1000, 2000, ["it is torn"])
     assert str(two) == "recovered 1,000 steps (2,000 rows) of 2 processes that died\nit is torn"
     assert str(moe_trace.Recovery(problems=["no lock"])) == "nothing was recovered\nno lock"
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_segment_that_was_killed_before_its_first_block(tmp_path, padded):
+    """Its metadata end anywhere; blocks start at multiples of 64."""
+    steps, notes = sb.make_steps([5, 4])
+    crash = Crash(tmp_path)
+    for i, step in enumerate(steps):
+        crash.ring.whole(step, *request_notes(notes if i == 0 else []))
+    data = sb.segment([], META, closed=False, ring_id=rb.RING_ID)
+    end = 128 + int.from_bytes(data[80:84], "little")
+    assert end % 64 != 0 and data[end:].strip(b"\0") == b""
+    crash.segments = [data if padded else data[:end]]
+    crash.write()
+    both_ways(crash, steps)
