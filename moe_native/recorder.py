@@ -544,9 +544,15 @@ class Recorder:
         self._log_messages()
         counters = self.counters()
         if self._file is None:
+            self._core.remove_ring()
             return
-        with contextlib.suppress(OSError):  # the segments are whole either way, and say so themselves
-            self._file.update(ring=None, closed=True, metadata=self._metadata.items, losses=counters["lost"])
+        # The segments are whole either way, and say so themselves. Killed here, the ring is named by a rank that is
+        # closed: whoever recovers the trace removes it, and nobody thinks that it has anything to say.
+        with contextlib.suppress(OSError):
+            self._file.update(closed=True, metadata=self._metadata.items, losses=counters["lost"])
+        self._core.remove_ring()
+        with contextlib.suppress(OSError):
+            self._file.update(ring=None)
         self._file.release()
         with contextlib.suppress(
             OSError

@@ -221,6 +221,7 @@ class Handle {
     const py::gil_scoped_release release;
     recording_->close();
   }
+  void remove_ring() { recording_->remove_ring(); }
   std::vector<std::string> take_messages() { return recording_->messages().take(); }
   uint64_t ring_id() const { return recording_->ring().id(); }
   std::string ring_path() const { return recording_->ring().path(); }
@@ -325,6 +326,7 @@ PYBIND11_MODULE(_C, m) {
       .def("set_metadata", &Handle::set_metadata)
       .def("flush", &Handle::flush, py::arg("seconds"))
       .def("close", &Handle::close)
+      .def("remove_ring", &Handle::remove_ring)
       .def("counters", &Handle::counters)
       .def("take_messages", &Handle::take_messages)
       .def_property_readonly("here", &Handle::here)

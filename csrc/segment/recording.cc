@@ -5,6 +5,8 @@
 #include <atomic>
 #include <system_error>
 
+#include "core/test_point.h"
+
 namespace moe_native {
 
 namespace {
@@ -37,8 +39,11 @@ Recording::Recording(const RecordingOptions& options)
 }
 
 Recording::~Recording() {
-  if (here()) close();
-  if (here()) return;
+  if (here()) {
+    close();
+    remove_ring();
+    return;
+  }
   // A child's copies of a thread and of a condition variable that a thread waits on cannot be destroyed.
   static_cast<void>(drain_.release());
   static_cast<void>(steps_.release());
@@ -52,8 +57,16 @@ void Recording::pause(bool paused) { steps_->pause(paused || !has_trace_); }
 void Recording::close() {
   if (!here() || closed_.exchange(true, std::memory_order_acq_rel)) return;
   steps_->close();
+  MOE_TEST_POINT("end of recording, no more steps");
   drain_->close();
+  MOE_TEST_POINT("end of recording, drained");
+}
+
+void Recording::remove_ring() {
+  if (!here() || !closed()) return;
+  MOE_TEST_POINT("end of recording, the ring is left");
   ring_->unlink();
+  MOE_TEST_POINT("end of recording, the ring is gone");
 }
 
 }  // namespace moe_native

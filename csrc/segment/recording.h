@@ -32,8 +32,10 @@ class Recording {
 
   // Of the trace; without one it is always paused.
   void pause(bool paused);
-  // Everything committed goes to the trace, then the ring is removed. Safe to call twice.
+  // Everything committed goes to the trace. Safe to call twice, as is remove_ring(), which comes after it: in between,
+  // whoever keeps the trace's books can say that the ring is not needed any more.
   void close();
+  void remove_ring();
   bool closed() const { return closed_.load(std::memory_order_acquire); }
   // False in a forked child, where there is neither ring nor drain thread and nothing must be called.
   bool here() const;
