@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "core/ring_layout.h"
+#include "core/test_point.h"
 
 namespace moe_native {
 
@@ -40,12 +41,15 @@ class LaneProducer {
     if (!has_room(1, skip + need)) return nullptr;
     const uint64_t sequence = ++reserved_;
     Descriptor& d = memory_.descriptor(sequence);
+    MOE_TEST_POINT("reserve");
     d.word.store(make_word(sequence, RecordState::kReserved), std::memory_order_relaxed);
+    MOE_TEST_POINT("reserve, the word is there");
     // Keeps the word ahead of the bytes that follow, so that a descriptor never shows an older record's word over new
     // bytes.
     std::atomic_thread_fence(std::memory_order_release);
     d.offset = skip == 0 ? at : 0;
     d.bytes = bytes;
+    MOE_TEST_POINT("reserve, the place is there");
     arena_head_ += skip + need;
     memory_.header->reserved.store(sequence, std::memory_order_relaxed);
     memory_.header->arena_head.store(arena_head_, std::memory_order_relaxed);
@@ -80,7 +84,9 @@ class LaneProducer {
   }
   void finish(Descriptor& d, RecordState state) noexcept {
     const uint64_t sequence = d.word.load(std::memory_order_relaxed) >> 2;
+    MOE_TEST_POINT("commit");
     d.word.store(make_word(sequence, state), std::memory_order_release);
+    MOE_TEST_POINT("commit, done");
   }
 
   LaneMemory memory_;
@@ -127,7 +133,9 @@ class LaneConsumer {
 
   // Gives everything up to `position` back to the producer.
   void release(const Position& position) noexcept {
+    MOE_TEST_POINT("free");
     memory_.header->freed.store(position.sequence, std::memory_order_release);
+    MOE_TEST_POINT("free, the records are free");
     memory_.header->arena_tail.store(position.arena, std::memory_order_release);
     released_ = position;
   }

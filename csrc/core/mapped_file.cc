@@ -8,6 +8,8 @@
 #include <system_error>
 #include <utility>
 
+#include "core/test_point.h"
+
 namespace moe_native {
 
 namespace {
@@ -32,6 +34,7 @@ MappedFile MappedFile::create(const std::string& path, size_t bytes) {
   MappedFile file;
   file.fd_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
   if (file.fd_ < 0) fail(errno, "cannot create " + path);
+  MOE_TEST_POINT("ring, empty");
   file.path_ = path;
   const auto give_up = [&](int error, const char* what) {
     ::unlink(path.c_str());

@@ -9,6 +9,7 @@
 
 #include "core/crc32.h"
 #include "core/owner.h"
+#include "core/test_point.h"
 
 namespace moe_native {
 
@@ -76,7 +77,9 @@ Ring::Ring(const RingOptions& options) {
               std::min(owner.boot_id.size(), sizeof header_->owner_boot_id));
   header_->created_ns = unix_time_ns();
   std::memcpy(header_->rank_directory, options.rank_directory.data(), options.rank_directory.size());
+  MOE_TEST_POINT("ring, without magic");
   std::memcpy(header_->magic, kRingMagic, sizeof kRingMagic);
+  MOE_TEST_POINT("ring, without checksum");
   header_->crc = crc32(header_, offsetof(RingHeader, crc));
 }
 

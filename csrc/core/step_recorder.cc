@@ -8,6 +8,7 @@
 
 #include "core/admission.h"
 #include "core/owner.h"
+#include "core/test_point.h"
 
 namespace moe_native {
 
@@ -108,6 +109,7 @@ Begun StepRecorder::begin(int64_t rows) noexcept {
   const uint64_t step = next_step_++;
   if (traced_) {
     ring_.add(kStepsBegun, 1);
+    MOE_TEST_POINT("begin, counted");
   } else {
     ring_.lose(Loss::kPaused, 1, 0, static_cast<uint64_t>(rows));
     if (captured_fields_ == 0) return Begun::kPaused;
@@ -121,6 +123,7 @@ Begun StepRecorder::begin(int64_t rows) noexcept {
   failed_.store(-1, std::memory_order_relaxed);
   claimed_lanes_.store(0, std::memory_order_relaxed);
   open_step_.store(step + 1, std::memory_order_seq_cst);
+  MOE_TEST_POINT("begin, open");
   // close() may have run since the look above: then nobody would take what is recorded now.
   if (closed_.load(std::memory_order_seq_cst)) [[unlikely]] {
     if (open_step_.exchange(0, std::memory_order_acq_rel) != 0) lose_step(Loss::kAborted);
@@ -347,6 +350,7 @@ void StepRecorder::record(Binding& b, LayerInput in) noexcept {
       invalid += narrow_ids(in.ids, row, rows, b.experts, ids_out);
       ids_out += rows * id_bytes;
     });
+    MOE_TEST_POINT("fill, ids are there");
     const auto copy = [&](const RowsView& view, uint64_t to) {
       copy_kept(view, spans, base, kept_first + done, count, out + to);
     };
@@ -440,6 +444,7 @@ void StepRecorder::close_step(uint64_t step, const StepTable* table) noexcept {
     if (!table->notes.empty()) std::memcpy(out + at.notes, table->notes.data(), table->notes.size());
   }
   lane.commit(*d);
+  MOE_TEST_POINT("end, not counted");
   if (whole) {
     if (!traced_) return;
     ring_.add(kStepsCommitted, 1);

@@ -11,6 +11,7 @@
 #include <system_error>
 #include <utility>
 
+#include "core/test_point.h"
 #include "segment/retention.h"
 
 namespace moe_native {
@@ -129,6 +130,7 @@ void Drain::run() {
       const bool was_empty = assembler_.ready().empty();
       const uint64_t held = assembler_.held_bytes();
       assembler_.poll();
+      MOE_TEST_POINT("drain, taken");
       wait = until_next_look(assembler_.held_bytes() - held);
       captures_.free_unused();
       if (was_empty) oldest_ready_ = Clock::now();
@@ -291,8 +293,11 @@ bool Drain::write_block(std::span<const StepData* const> steps, const std::vecto
 
 // Writes the built block, then frees its records: in this order, or a crash in between would lose them.
 bool Drain::store(const std::vector<LaneConsumer::Position>& end) {
+  MOE_TEST_POINT("drain, packed");
   const int error = segment_.append(builder_);
+  MOE_TEST_POINT("drain, written");
   assembler_.release(end);
+  MOE_TEST_POINT("drain, freed");
   if (error != 0) {
     io_failed("cannot write a segment", error);
     return false;

@@ -4,6 +4,8 @@
 #include <filesystem>
 #include <vector>
 
+#include "core/test_point.h"
+
 namespace moe_native {
 
 namespace fs = std::filesystem;
@@ -46,7 +48,9 @@ void keep_within(const std::string& trace, uint64_t max_bytes) noexcept {
     });
     for (const Segment& segment : closed) {
       if (total <= max_bytes) return;
+      MOE_TEST_POINT("retention");
       if (fs::remove(segment.path, ignored)) total -= segment.bytes;
+      MOE_TEST_POINT("retention, one is gone");
     }
   } catch (...) {
   }

@@ -9,6 +9,7 @@
 
 #include "core/crc32.h"
 #include "core/owner.h"
+#include "core/test_point.h"
 
 namespace moe_native {
 
@@ -42,6 +43,7 @@ int SegmentFile::create(const SegmentIdentity& identity, uint64_t number, const 
   number_ = number;
   fd_ = ::open((path_ + ".open").c_str(), O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
   if (fd_ < 0) return errno;
+  MOE_TEST_POINT("segment, empty");
 
   std::vector<std::byte> frame(metadata.size());
   const auto* raw = reinterpret_cast<const std::byte*>(metadata.data());
@@ -66,11 +68,13 @@ int SegmentFile::create(const SegmentIdentity& identity, uint64_t number, const 
   super.crc = crc32(&super, offsetof(Superblock, crc));
   end_ = align_up(sizeof(Superblock) + frame.size(), kAlign);
   int error = write(frame.data(), frame.size(), sizeof(Superblock));
+  MOE_TEST_POINT("segment, metadata");
   if (error == 0) error = write(&super, sizeof super, 0);
   if (error != 0) {
     ::unlink((path_ + ".open").c_str());  // nothing is in it; the next try wants the name
     abandon();
   }
+  MOE_TEST_POINT("segment, begun");
   return error;
 }
 
@@ -79,6 +83,7 @@ int SegmentFile::append(const BlockBuilder& block) {
   constexpr size_t kHeader = sizeof(BlockHeader);
   // The body first: a valid header is the promise that everything behind it is there.
   int error = write(bytes.data() + kHeader, bytes.size() - kHeader, end_ + kHeader);
+  MOE_TEST_POINT("block, without header");
   if (error == 0) error = write(bytes.data(), kHeader, end_);
   if (error != 0) {
     const bool full = error == ENOSPC || error == EDQUOT || error == EFBIG;
@@ -119,12 +124,16 @@ int SegmentFile::close(BlockBuilder& builder, const BlockExtras& extras, Sync sy
   Trailer trailer{};
   trailer.footer_offset = end_;
   int error = write(builder.bytes().data(), builder.bytes().size(), end_);
+  MOE_TEST_POINT("close, footer");
   trailer.file_bytes = end_ + builder.bytes().size() + sizeof trailer;
   trailer.crc = crc32(&trailer, offsetof(Trailer, crc));
   std::memcpy(trailer.magic, kTrailerMagic, sizeof kTrailerMagic);
   if (error == 0) error = write(&trailer, sizeof trailer, trailer.file_bytes - sizeof trailer);
+  MOE_TEST_POINT("close, trailer");
   if (error == 0 && sync == Sync::kWait && ::fdatasync(fd_) != 0) error = errno;
+  MOE_TEST_POINT("close, before the rename");
   if (error == 0 && ::rename((path_ + ".open").c_str(), path_.c_str()) != 0) error = errno;
+  MOE_TEST_POINT("close, renamed");
   abandon();
   return error;
 }
