@@ -135,7 +135,7 @@ def test_killed_at_a_point(ask: Ask, tmp_path: Path, point: str) -> None:
         path, rings = tmp_path / f"trace-{number}", tmp_path / f"rings-{number}"
         rings.mkdir()
         settings = {"max_bytes": 1 << 20, "segment_bytes": 128 << 10, "ring_bytes": 1 << 20} if retention else SMALL
-        answer = ask("record", path, ring_dir=str(rings), steps=600 if retention else 400, point=point,
+        answer = ask("record", path, ring_dir=str(rings), steps=800 if retention else 2000, point=point,
                      wide=how.get("wide", 0), **{"pass": number}, **settings)  # fmt: skip
         assert answer["signal"] == 9, f"nobody came to {point!r} {number} times"
         if answer["ended"] or begun(path):
