@@ -131,11 +131,11 @@ def of(
         if kind != "histogram" or len(layers) != 1:
             raise ValueError("intervals are of the histogram of one layer: select one")
         number = layers[0][0]["layer"]
-        interval = of_shares(selection.layer([number]), number, jobs, progress)
+        interval = _of_shares(selection.layer([number]), number, jobs, progress)
     return _DRAWN[kind](_Asked(selection, summary, layers, note(summary), other, request, interval))
 
 
-def of_shares(selection: Selection, layer: int, jobs: int, progress: Callable[[int], Any] | None) -> metrics.Interval:
+def _of_shares(selection: Selection, layer: int, jobs: int, progress: Callable[[int], Any] | None) -> metrics.Interval:
     """The interval over requests of each expert's share. Raises ValueError where there are no two requests."""
     from moe_trace.analysis import GroupCounts, fill  # for the help of `moe-native plot`, which lists kinds, too much
 
